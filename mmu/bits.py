@@ -154,7 +154,8 @@ class Layout(Mapping[str, Field]):
         Returns an int when every value is a scalar, else a uint64 array.
 
         Raises:
-            KeyError: no such field. ValueError: a value does not fit its field; the message gives the largest that does.
+            KeyError: no such field.
+            ValueError: a value does not fit its field; the message gives the largest that does.
         """
         word = np.zeros((), dtype=np.uint64)
         for name, value in values.items():
@@ -187,7 +188,7 @@ class Layout(Mapping[str, Field]):
         return like(word, as_words(word, self.name) & np.uint64(_TOP ^ self.mask()))
 
     def text(self, word: int) -> str:
-        """The set fields of one word in the kernel's manner, joined by ``|``: bits by name, wider fields as ``name=value``.
+        """The set fields of one word in the kernel's manner, joined by ``|``: ``P|W|PFN=0x1234``.
 
         Bits without a name come last, as one hexadecimal number; a word without any set bit is ``0``.
 
@@ -202,7 +203,7 @@ class Layout(Mapping[str, Field]):
     def parse(self, text: str) -> int:
         """Turn ``P|W|0x100000000`` or a hexadecimal number (``0x`` optional) back into a word.
 
-        A part that is a field's name is that field, whatever its letters say in hexadecimal (``F`` is fetch, ``0xF`` is 15).
+        A part that is a field's name is that field, whatever its letters say in hexadecimal: ``F`` is not 15.
 
         Raises:
             ValueError: a part is neither a single-bit field nor a hexadecimal number, or the number leaves 64 bits.
