@@ -60,7 +60,11 @@ def test_changing_any_line_breaks_it(old, new):
         (
             exercise.impossible_codes(),
             lambda code: bool((code & 8 and not code & 1) or (code & 2 and code & 16)),
-            [lambda code: bool(code & 2 and code & 16), lambda code: bool(code & 8 and not code & 1), lambda code: False],
+            [
+                lambda code: bool(code & 2 and code & 16),
+                lambda code: bool(code & 8 and not code & 1),
+                lambda code: False,
+            ],
         ),
         (
             exercise.code_rule(pfec.SERIES_2012),
