@@ -1,0 +1,49 @@
+# Each target works in a fresh clone, without another having run first.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+SOURCES := _config.yml _toc.yml $(shell find book mmu -type f -not -path '*/__pycache__/*' -not -path '*/.ipynb_checkpoints/*')
+CHAPTERS := $(sort $(wildcard book/*.ipynb))
+
+.PHONY: book test lab chapters text fold lint clean
+
+book: _build/html/index.html
+	@echo "The book is built. Open: file://$(CURDIR)/_build/html/index.html"
+
+test: $(READY) _build/html/index.html
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@$(BIN)/python -m pytest tests mmu --nbval $(CHAPTERS) $(TESTFLAGS)
+
+lab: $(READY)
+	$(BIN)/jupyter lab --ip=127.0.0.1 book
+
+# Execute the chapters, normalise what they print and store it in them.
+chapters: $(READY)
+	$(BIN)/python book/_tools/chapters.py run $(CHAPTERS)
+
+# Chapters as text: `make text` writes _build/text/*.md, `make fold` takes the edited ones back and executes them.
+text: $(READY)
+	$(BIN)/python book/_tools/chapters.py text $(CHAPTERS)
+
+fold: $(READY)
+	$(BIN)/python book/_tools/chapters.py fold $(CHAPTERS) $(patsubst _build/text/%.md,book/%.ipynb,$(wildcard _build/text/*.md))
+
+lint: $(READY)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+clean:
+	rm -rf _build $(VENV) *.egg-info .pytest_cache .hypothesis .ruff_cache
+
+_build/html/index.html: $(READY) $(SOURCES)
+	$(BIN)/jupyter-book build . --all -W -n --keep-going --quiet
+
+$(READY): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$$($(PYTHON) --version) is too old: Fast Page Fault needs Python 3.11 or newer (make PYTHON=python3.12 ...)"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "This Python cannot make environments; on Debian the package python3-venv adds that."; \
+	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq python3-venv; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@

@@ -1,0 +1,21 @@
+"""The book's Sphinx extension: puts the players' script and style sheet beside the pages."""
+
+from pathlib import Path
+
+from mmu import widgets
+
+
+def _players(app):
+    out = Path(app.doctreedir) / "players"
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "players.js").write_text(widgets.bundle(), encoding="utf-8")
+    (out / "players.css").write_text(widgets.style(), encoding="utf-8")
+    app.config.html_static_path.append(str(out))
+    app.add_js_file("players.js", loading_method="defer")
+    app.add_css_file("players.css")
+
+
+def setup(app):
+    """Register the extension."""
+    app.connect("builder-inited", _players)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

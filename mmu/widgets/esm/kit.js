@@ -1,0 +1,38 @@
+// What every player shares. Prepended to each player's module, so that one file serves JupyterLab and a static page.
+
+// Make an element: h("button", {class: "x", onclick: f}, "text", child)
+const h = (tag, attributes = {}, ...children) => {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (value === true) element.setAttribute(name, "");
+    else if (value !== false && value != null) element.setAttribute(name, value);
+  }
+  element.append(...children.flat().filter((child) => child != null));
+  return element;
+};
+
+// Keys of a player: {ArrowLeft: f, u: f}. They count while the focus is anywhere inside it. Keys that a player uses,
+// and every key inside its controls, stop here: JupyterLab in command mode would take them on their way up.
+const onKeys = (el, keys) =>
+  el.addEventListener("keydown", (event) => {
+    const inside = event.target.matches("input, select, textarea, button");
+    const action = event.ctrlKey || event.altKey || event.metaKey ? undefined
+      : keys[event.key] ?? keys[event.key.toLowerCase()];
+    const native = event.target.matches("input, select, textarea");
+    if (action && !native) { action(); event.preventDefault(); }
+    if (inside || action) event.stopPropagation();
+  });
+
+// A state with undo: state.value, state.set(v), state.undo(), state.reset(); draw(value) after each change.
+const history = (start, draw) => {
+  const past = [];
+  const state = {
+    value: start,
+    get depth() { return past.length; },
+    set(value) { if (value !== state.value) { past.push(state.value); state.value = value; draw(value); } },
+    undo() { if (past.length) { state.value = past.pop(); draw(state.value); } },
+    reset() { past.length = 0; state.value = start; draw(start); },
+  };
+  return state;
+};
