@@ -22,7 +22,7 @@ Every array has the fields of :data:`HEAD` and those that :data:`FORMATS` names 
 ``flags`` S8    the column of irqs-off, need-resched, hardirq and preempt-depth; b"": none
 ========= ===== ====================================================================================================
 
-A field that a line did not carry is distinguishable: -1 in signed fields, :data:`MISSING` (all ones) in uint64 fields,
+A field that a line did not carry is distinguishable: -1 in signed fields, ``MISSING`` (all ones) in uint64 fields,
 ``b""`` in texts. ``error_code`` of ``kvm_page_fault`` is raw, as the kernel printed it: the exit qualification on VMX,
 EXITINFO1 on SVM, a page-fault error code under shadow paging (facts 3.2, 4); :mod:`mmu.pfec` tells them apart.
 
