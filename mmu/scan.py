@@ -300,7 +300,7 @@ class Format:
         good = end > at
         if pointer and not good.all():
             close = text.next(at, b")")
-            hidden = ~good & (text.bytes[at] == ord("(")) & (close - at < 24)
+            hidden = ~good & (text.bytes[at] == ord("(")) & (close < text.next(at, b"\n"))
             value, end, good = (
                 np.where(hidden, np.uint64(MISSING), value),
                 np.where(hidden, close + 1, end),

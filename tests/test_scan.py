@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mmu.scan import MISSING, PADDING, Format, Text
@@ -66,6 +66,7 @@ def test_decimal_numbers_are_exact_or_refused(value, zeros):
     assert scan("{n:d}", text) == {"n": [value] if abs(value) < 2**63 else []}
 
 
+@example([b"(", b")"])
 @given(st.lists(st.binary(max_size=30).map(lambda line: line.replace(b"\n", b"")), min_size=1, max_size=9))
 def test_no_cursor_leaves_its_line(lines):
     """Whatever the bytes, matching ends on the line where it began."""
