@@ -25,6 +25,10 @@ from mmu.paging import Format
 from mmu.places import FETCHES, MARK, READS, WRITES, Accesses, Places, Trace, follow
 from mmu.scenario import Scenario
 
+EVENTS = (  # all that is read of a trace
+    *("kvm_mmu_pagetable_walk", "kvm_mmu_paging_element", "kvm_mmu_walker_error"),
+    *("kvm_entry", "kvm_exit", "kvm_page_fault", "kvm_inj_exception", "kvm_emulate_insn"),
+)
 DEEPEST = 5  # levels
 NEVER = np.iinfo(np.int64).max
 PHYSICAL_BITS = 40  # inferred: what QEMU's CPU models give a guest; the recorded reserved-bit faults use bit 51
@@ -56,7 +60,7 @@ class Recorded:
 
 def recorded(trace: Trace) -> Recorded:
     """Collect the walks that a trace prints. Their lines carry no vCPU; those of one task belong together."""
-    names = ("kvm_mmu_pagetable_walk", "kvm_mmu_paging_element", "kvm_mmu_walker_error")
+    names = EVENTS[:3]
     walks, elements, errors = (trace[name] for name in names)
     kind = np.repeat(np.arange(3, dtype=np.int64), [len(walks), len(elements), len(errors)])  # (printed line,)
     row = np.concatenate([np.arange(len(part), dtype=np.int64) for part in (walks, elements, errors)])

@@ -8,7 +8,8 @@ import json
 import random
 
 import numpy as np
-import plain
+
+from tests import plain
 
 HEAD = [("line", np.int64), ("ns", np.int64), ("pid", np.int64)]
 FIELDS = {
@@ -119,7 +120,7 @@ class Guest:
         self.walk(0x10EE, slots, code, after, fetch=True)
 
     def access(self, op, gva, value):
-        """Make one access, print what KVM would, and say whether a walk was printed."""
+        """Make one access and print what KVM would; say whether it exited, and whether the trace shows its end."""
         kind, user = op.removeprefix("u"), op.startswith("u")
         options = {"write": kind in ("W", "RMW"), "fetch": kind == "X", "user": user, "wp": self.wp, "nxe": self.nxe}
         slots = self.path(gva)
@@ -144,7 +145,7 @@ class Guest:
             gpa = (entries[-1] & 0xFFFFFFFFFF000 & ~low) | (gva & low)
             width = 8 if self.mode == "long64" else 4
             self.put(gpa, self.get(gpa, width) + 1 if kind == "RMW" else value, width)
-        return printed
+        return printed, printed and (code is not None or emulated)
 
     def control(self, op, value):
         reason = {"INVLPG": b"invlpg", "CR3": b"write_cr3", "CR0": self.dice.choice([b"write_cr0", b"cr0_sel_write"])}
@@ -180,21 +181,20 @@ class Guest:
         return ("CR3", dice.choice(ROOTS), 0) if throw < 0.97 else ("CR0", dice.choice([0x80010033, 0x80000033]), 0)
 
     def run(self, count):
-        """Run ``count`` operations; a silent access never repeats before the next exit, or no one could tell them apart."""
-        begin, made, silent = self.line * 1000 + 500, [], set()
+        """Run ``count`` operations. One that went through does not fault again before another exit lies between."""
+        begin, made, fixed = self.line * 1000 + 500, [], set()
         self.line += 5
         while len(made) < count:
             op, gva, value = self.choose()
-            if (op.removeprefix("u"), gva) in silent:
+            if (op.removeprefix("u"), gva) in fixed:
                 op, gva, value = "INVLPG", gva, 0
             made.append([op, hex(gva), hex(value), "0x0", None])
             if op in ("INVLPG", "CR3", "CR0"):
                 self.control(op, gva)
-                silent.clear()
-            elif self.access(op, gva, value):
-                silent.clear()
-            else:
-                silent |= {(kind, gva) for kind in ("R", "W", "RMW", "X")}
+                fixed.clear()
+                continue
+            exited, over = self.access(op, gva, value)
+            fixed = (set() if exited else fixed) | (set() if over else {(kind, gva) for kind in ("R", "W", "RMW", "X")})
         self.line += 5
         end = self.line * 1000
         self.events.append({"t": "run", "vcpu": 0, "phase": "", "ns": begin, "ns_end": end, "accesses": made})
