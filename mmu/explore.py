@@ -343,3 +343,425 @@ class Space:
 
 _TAG = (np.arange(255 * 255, dtype=np.int64) % 255 + 1).astype(np.uint8)  # (position,)
 _SECOND_TAG = (np.arange(255 * 255, dtype=np.int64) // 255 + 1).astype(np.uint8)  # (position,)
+
+
+# --- states modulo a permutation of identical vCPUs ----------------------------------------------------------------------
+
+
+class _HashSet:
+    """A set of 64-bit codes by open addressing; it takes whole arrays."""
+
+    def __init__(self) -> None:
+        self.used, self.bits = 0, 10
+        self._clear()
+
+    def _clear(self) -> None:
+        self.slots = np.zeros(1 << self.bits, dtype=np.uint64)  # 0 is empty, so a code is kept plus one
+        self.owner = np.zeros(1 << self.bits, dtype=np.int32)
+
+    def fresh(self, codes: NDArray[np.uint64]) -> NDArray[np.intp]:
+        """Positions of the codes that are new, one for each; they are in the set from now on."""
+        if self.used + len(codes) > 1 << self.bits - 1:
+            kept = self.slots[self.slots != 0] - np.uint64(1)
+            self.bits = int(2 * (self.used + len(codes)) - 1).bit_length() + 1
+            self._clear()
+            self._insert(kept)
+        new = self._insert(codes)
+        self.used += len(new)
+        return new
+
+    def _insert(self, codes: NDArray[np.uint64]) -> NDArray[np.intp]:
+        found = []
+        alive, key = np.arange(len(codes), dtype=np.intp), codes + np.uint64(1)
+        slot = (key * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(64 - self.bits)).astype(np.intp)
+        while alive.size:
+            empty = np.flatnonzero(self.slots[slot] == 0)
+            mine = slot[empty]
+            self.owner[mine] = empty  # of all that want a slot, one finds itself in it
+            won = empty[self.owner[mine] == empty]
+            self.slots[slot[won]] = key[won]
+            found.append(alive[won])
+            left = np.flatnonzero(self.slots[slot] != key)  # whoever finds its own code is in, or a copy of one that is
+            alive, key = alive[left], key[left]
+            slot = (slot[left] + 1) & (1 << self.bits) - 1
+        return np.concatenate(found) if found else alive
+
+
+@dataclass
+class _Group:
+    """Identical vCPUs, their tables in relative terms: a mark is nobody's, its own, or another's.
+
+    A field is a local state and one flag for each part that holds a mark, set where the mark is this vCPU's own.
+    Tables are indexed by (move, field, shared), a mark in the shared words being 0 or 1: whether it is anybody's.
+    """
+
+    vcpus: list[int]
+    flags: int
+    to_field: NDArray[np.int32]
+    to_shared: NDArray[np.int32]
+    loses: NDArray[np.uint8]  # flags that all others lose
+
+
+class Quotient:
+    """The states of a machine modulo a permutation of identical vCPUs.
+
+    A state is a column: one field for each vCPU, sorted within each group of identical ones, and the shared words. That a
+    mark is vCPU k's is a flag in k's own field, so that sorting carries it along.
+
+    Raises:
+        ProgramError: a vCPU remembers or buffers another one's mark, which a flag in one field cannot say.
+    """
+
+    canonical = True
+
+    def __init__(self, machine: Machine, max_bytes: int = MAX_BYTES) -> None:
+        self.machine, self.max_bytes = machine, max_bytes
+        program = machine.program
+        self.marked = sorted(program.marked) if program.unique and len(program.marks) > 1 else []
+        groups: list[list[int]] = []
+        for vcpu in range(len(program.actors)):
+            for group in groups:
+                same = program.paths[vcpu] == program.paths[group[0]]
+                if same and (self.marked or program.marks[vcpu] == program.marks[group[0]] or not program.marked):
+                    group.append(vcpu)
+                    break
+            else:
+                groups.append([vcpu])
+        self.groups = [self._relative(group) for group in groups]
+        self.order = [vcpu for group in groups for vcpu in group]  # column row -> vCPU
+        ranks = [math.comb(group.to_field.shape[1] + len(group.vcpus) - 1, len(group.vcpus)) for group in self.groups]
+        if math.prod(ranks) << machine.shared_bits >= 1 << 64:
+            raise ProgramError(f"{len(self.order)} vCPUs are too many: their states modulo symmetry do not fit 64 bits")
+        wide = max(group.to_field.shape[1] for group in self.groups) > 256
+        self.dtype = np.uint16 if wide else np.uint8
+        self.weights = [math.prod(ranks[:place]) << machine.shared_bits for place in range(len(ranks))]
+        # sorted fields f0 <= f1 <= ... have the rank  C(f0, 1) + C(f1 + 1, 2) + ...  among all of their kind
+        self.rank = [
+            np.array(
+                [[math.comb(f + place, place + 1) for f in range(group.to_field.shape[1])] for place in range(len(group.vcpus))],
+                dtype=np.uint64,
+            )  # (place, field)
+            for group in self.groups
+        ]
+
+    def _relative(self, vcpus: list[int]) -> _Group:
+        machine, program = self.machine, self.machine.program
+        actor, flags = machine.actors[vcpus[0]], len(self.marked)
+        shared = np.arange(1 << machine.shared_bits, dtype=np.int32)
+        if not flags:
+            return _Group(vcpus, 0, actor.to_local, actor.to_shared, np.zeros_like(actor.to_local, dtype=np.uint8))
+        me = program.marks[vcpus[0]]
+        other = next(mark for mark in program.marks if mark != me)
+        self._refuse_foreign(vcpus[0], me)
+        local = np.repeat(np.arange(len(actor.locals), dtype=np.int32), 1 << flags)[:, None]  # (field, 1)
+        flag = np.tile(np.arange(1 << flags, dtype=np.int32), len(actor.locals))[:, None]  # (field, 1)
+        real, possible = shared, np.ones((len(local), len(shared)), dtype=bool)
+        for number, name in enumerate(self.marked):
+            shift, mask = machine.place[name]
+            owned, mine = shared >> shift & mask, flag >> number & 1
+            real = real & ~(mask << shift) | np.where(mine, me, np.where(owned, other, 0)) << shift
+            possible &= (owned <= 1) & (mine <= owned)
+        to_local, to_shared = actor.to_local[:, local, real], actor.to_shared[:, local, real]  # (move, field, shared)
+        field_, after, loses = to_local << flags, to_shared, np.zeros(to_local.shape, dtype=np.uint8)
+        for number, name in enumerate(self.marked):
+            shift, mask = machine.place[name]
+            value = to_shared >> shift & mask
+            field_ = field_ | (value == me).astype(np.int32) << number
+            after = after & ~(mask << shift) | (value != 0).astype(np.int32) << shift
+            loses |= (value != other).astype(np.uint8) << number
+        return _Group(vcpus, flags, np.where((to_local >= 0) & possible, field_, -1), after, loses)
+
+    def _refuse_foreign(self, vcpu: int, me: int) -> None:
+        """A local or a buffered store that holds another's mark cannot be said in relative terms."""
+        marked = set(self.marked)
+        marked |= {name for steps in self.machine.program.paths[vcpu].values() for step in steps for name, part in step.into if part in marked}
+        for local in self.machine.actors[vcpu].locals:
+            for name, value in itertools.chain(local.values, *local.buffer):
+                if name in marked and value not in (0, me):
+                    raise ProgramError(
+                        f"a vCPU at {local.label} keeps {name}, which may be another's mark: vCPUs are not interchangeable; "
+                        "search without symmetry"
+                    )
+
+    def begin(self) -> NDArray[Any]:
+        """The start as a frontier of one column."""
+        self.known = _HashSet()
+        column = self._column(self.machine.start)
+        self.known.fresh(self.codes(column))
+        return column
+
+    def _column(self, state: State) -> NDArray[Any]:
+        """One state as a sorted column: fields, then the shared words."""
+        fields, shared = [], state.shared
+        owner = {name: shared >> self.machine.place[name][0] & self.machine.place[name][1] for name in self.marked}
+        for group in self.groups:
+            of_group = []
+            for vcpu in group.vcpus:
+                mark = self.machine.program.marks[vcpu]
+                flags = sum((owner[name] == mark) << number for number, name in enumerate(self.marked))
+                of_group.append(state.locals[vcpu] << group.flags | flags)
+            fields += sorted(of_group)
+        for name in self.marked:
+            shift, mask = self.machine.place[name]
+            shared = shared & ~(mask << shift) | (owner[name] != 0) << shift
+        return np.array([*fields, shared], dtype=np.int32)[:, None]
+
+    def key(self, state: State) -> int:
+        """The code of the class that a state belongs to."""
+        return int(self.codes(self._column(state))[0])
+
+    def codes(self, columns: NDArray[Any]) -> NDArray[np.uint64]:
+        """One number for each column, different for different ones."""
+        code = columns[-1].astype(np.uint64)
+        at = 0
+        for group, rank, weight in zip(self.groups, self.rank, self.weights, strict=True):
+            for place in range(len(group.vcpus)):
+                code += rank[place][columns[at + place]] * np.uint64(weight)
+            at += len(group.vcpus)
+        return code
+
+    def _step(self, columns: NDArray[Any]) -> tuple[NDArray[np.intp], NDArray[Any]]:
+        """Every move of these states: the column that it is a move of, and the sorted column that it leads to.
+
+        Of vCPUs in equal states one moves for all.
+        """
+        shared = columns[-1]
+        sources, targets = [np.zeros(0, dtype=np.intp)], [columns[:, :0]]
+        at = 0
+        for group in self.groups:
+            fields = columns[at : at + len(group.vcpus)]  # (place, state)
+            first = np.ones(fields.shape, dtype=bool)
+            first[1:] = fields[1:] != fields[:-1]
+            size, width = group.to_field.shape[1:]
+            index = fields * width + shared
+            for move in range(len(group.to_field)):
+                there = group.to_field[move].ravel()[index]
+                place, source = np.nonzero((there >= 0) & first)
+                if not len(place):
+                    continue
+                cell = index[place, source]
+                target = columns[:, source]
+                target[-1] = group.to_shared[move].ravel()[cell]
+                if self.marked:
+                    target[:-1] &= ~group.loses[move].ravel()[cell].astype(target.dtype)
+                target[at + place, np.arange(len(place), dtype=np.intp)] = there[place, source]
+                sources.append(source)
+                targets.append(target)
+            at += len(group.vcpus)
+        return np.concatenate(sources), self._sorted(np.concatenate(targets, axis=1))
+
+    def _sorted(self, columns: NDArray[Any]) -> NDArray[Any]:
+        at = 0
+        for group in self.groups:
+            for low, high in _network(len(group.vcpus)):
+                a, b = columns[at + low], columns[at + high]
+                columns[at + low], columns[at + high] = np.minimum(a, b), np.maximum(a, b)
+            at += len(group.vcpus)
+        return columns
+
+    def advance(self, frontier: NDArray[Any]) -> tuple[NDArray[Any], int]:
+        """The classes first reached one move after these; moves between classes are not counted."""
+        fresh = [frontier[:, :0]]
+        for at in range(0, frontier.shape[1], CHUNK):
+            _, target = self._step(frontier[:, at : at + CHUNK])
+            fresh.append(target[:, self.known.fresh(self.codes(target))])
+        if len(self.known.slots) * 12 > self.max_bytes:
+            raise OutOfRoom(f"{len(self.known.slots) * 12} bytes to remember the states seen are more than {self.max_bytes}")
+        return np.concatenate(fresh, axis=1), 0
+
+    def edges(self, frontier: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        """The moves of these classes: ``source`` (column of the frontier) and ``target`` (code)."""
+        source, target = self._step(frontier)
+        return {"source": source, "target": self.codes(target)}
+
+    def full_count(self, columns: NDArray[Any]) -> int:
+        """How many states these classes hold: of n identical vCPUs n! / (m1! m2! ...), m being how many are in equal states."""
+        whole = math.prod(math.factorial(len(group.vcpus)) for group in self.groups)
+        divisor = np.ones(columns.shape[1], dtype=np.int64)
+        at = 0
+        for group in self.groups:
+            equal = np.ones(columns.shape[1], dtype=np.int64)
+            for place in range(at + 1, at + len(group.vcpus)):
+                equal = np.where(columns[place] == columns[place - 1], equal + 1, 1)
+                divisor *= equal
+            at += len(group.vcpus)
+        sizes, times = np.unique(divisor, return_counts=True)
+        return sum(whole // int(size) * int(count) for size, count in zip(sizes, times, strict=True))
+
+    def shared(self, columns: NDArray[Any]) -> NDArray[Any]:
+        """The shared words of each class, as one number; a mark is 1 where it is anybody's."""
+        return columns[-1]
+
+    def locals(self, columns: NDArray[Any]) -> list[NDArray[Any]]:
+        """The local states in each class, in the order of ``order``."""
+        found = [columns[0]] * len(self.order)
+        at = 0
+        for group in self.groups:
+            for place, vcpu in enumerate(group.vcpus):
+                found[vcpu] = columns[at + place] >> group.flags
+            at += len(group.vcpus)
+        return found
+
+
+def _network(size: int) -> list[tuple[int, int]]:
+    """Batcher's merge exchange: the comparisons that sort ``size`` values whatever they are (Knuth, 5.2.2 M)."""
+    pairs = []
+    top = 1 << max(size - 1, 0).bit_length() >> 1
+    p = top
+    while p > 0:
+        q, r, d = top, 0, p
+        while True:
+            pairs += [(i, i + d) for i in range(size - d) if i & p == r]
+            if q == p:
+                break
+            d, q, r = q - p, q >> 1, p
+        p >>= 1
+    return pairs
+
+
+# --- what is bad ---------------------------------------------------------------------------------------------------------
+
+
+class States(Mapping[str, Any]):
+    """An array of states, column by column and only when asked: every part of a word by name, ``done(path)``, ``oops``.
+
+    ``states["spte.w"]`` is an integer array with one entry a state. An invariant's opposite is a predicate on this:
+    ``lambda states: (states["wp"] == 1) & (states["lock"] == 0) & (states["spte.w"] == 1)``.
+    """
+
+    def __init__(self, space: Space | Quotient, frontier: Any) -> None:
+        self.space, self.machine = space, space.machine
+        self._shared, self._frontier = space.shared(frontier), frontier
+        self._locals: list[Any] | None = None
+
+    def at(self, vcpu: int, test: Callable[[str], bool]) -> NDArray[np.bool_]:
+        """Where one vCPU's next step has a label that passes the test; modulo symmetry, one of its likes."""
+        if self._locals is None:
+            self._locals = self.space.locals(self._frontier)
+        passes = np.array([test(local.label) for local in self.machine.actors[vcpu].locals], dtype=np.bool_)
+        return passes[self._locals[vcpu]]
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self.machine.place:
+            shift, mask = self.machine.place[name]
+            return self._shared >> shift & mask
+        actors = range(len(self.machine.actors))
+        if name == OOPS:
+            return np.logical_or.reduce([self.at(vcpu, lambda label: label == OOPS) for vcpu in actors])
+        if name.startswith("done("):
+            runners = [vcpu for vcpu in actors if name[5:-1] in self.machine.program.actors[vcpu]]
+            return np.logical_and.reduce([self.at(vcpu, lambda label: label == DONE) for vcpu in runners])
+        raise KeyError(f"states have no {name!r}; they have {', '.join(self)}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self.machine.place, OOPS, *(f"done({path})" for path in dict.fromkeys(itertools.chain(*self.machine.program.actors)))])
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+
+def _judge(machine: Machine, bad: str | Predicate | None) -> Callable[[Space | Quotient, Any], NDArray[np.bool_]]:
+    """A function that tells which states of a frontier break the invariant."""
+    if callable(bad):
+        return lambda space, frontier: np.asarray(bad(States(space, frontier)), dtype=np.bool_)
+    test: Expression = machine.program.oops if bad is None else expression(bad)
+    ends = any(local.label == OOPS for actor in machine.actors for local in actor.locals)
+    if test.names <= set(machine.place) and not ends:  # judged once for each value of the shared words
+        shared = machine.unpack(np.arange(1 << machine.shared_bits, dtype=np.int32))
+        verdict = np.broadcast_to(np.asarray(test.value(shared), dtype=np.bool_), 1 << machine.shared_bits)
+        return lambda space, frontier: verdict[space.shared(frontier)]
+
+    def judge(space: Space | Quotient, frontier: Any) -> NDArray[np.bool_]:
+        states = States(space, frontier)
+        return np.asarray(test.value(states), dtype=np.bool_) | (states[OOPS] if ends else False)
+
+    return judge
+
+
+# --- the search ----------------------------------------------------------------------------------------------------------
+
+
+def explore(
+    program: Program,
+    memory: str = "TSO",
+    *,
+    canonical: bool = False,
+    bad: str | Predicate | None = None,
+    max_states: int | None = None,
+    max_bytes: int = MAX_BYTES,
+    progress: Callable[[Result], None] | None = None,
+) -> Result:
+    """Search every interleaving of a program, breadth first.
+
+    The whole space is searched, a broken program's too. Ctrl-C or a bound stops early: the result then holds what was
+    counted in whole levels, ``complete`` is False, and the verdict is ``unknown`` unless a bad state was already met.
+
+    Args:
+        memory: ``"SC"`` or ``"TSO"``.
+        canonical: count states modulo a permutation of identical vCPUs; ``full_states`` stays the full count.
+        bad: a condition in the program's language, or a predicate on :class:`States`, in place of the program's own.
+        max_states: stop after the level that exceeds it.
+        max_bytes: how many bytes marks on seen states may take.
+        progress: called with the result so far after each level.
+
+    >>> from mmu.protocols import one_shot
+    >>> result = explore(one_shot(3), "SC")
+    >>> result.states, result.transitions, result.depth, result.verdict
+    (471, 1099, 14, 'safe')
+    """
+    machine = Machine(program, memory)
+    space: Space | Quotient = (Quotient if canonical else Space)(machine, max_bytes)
+    judge = _judge(machine, bad)
+    result = Result(memory, canonical, transitions=None if canonical else 0, machine=machine)
+    bad_depth = None
+    try:
+        frontier, depth = space.begin(), 0
+        while True:
+            result.states += frontier.shape[-1]
+            result.full_states += space.full_count(frontier)
+            result.depth = depth
+            if bad_depth is None and judge(space, frontier).any():
+                bad_depth, result.verdict = depth, BROKEN
+            if progress:
+                progress(result)
+            if max_states is not None and result.states > max_states:
+                raise OutOfRoom(f"{result.states} states are more than {max_states}")
+            frontier, moves = space.advance(frontier)
+            if result.transitions is not None:
+                result.transitions += moves
+            if not frontier.shape[-1]:
+                break
+            depth += 1
+        result.complete = True
+        result.verdict = SAFE if bad_depth is None else BROKEN
+    except (KeyboardInterrupt, OutOfRoom, MemoryError):
+        pass
+    if bad_depth is not None:
+        result.counterexample = _shortest(space, judge, bad_depth)
+    return result
+
+
+def _shortest(space: Space | Quotient, judge: Callable[..., NDArray[np.bool_]], depth: int) -> list[Event]:
+    """A shortest way to a bad state, the first when actors are tried in order.
+
+    From the bad states of that depth back, level by level, the states that still lead there; then forward along them.
+    """
+    levels = [space.begin()]
+    for _ in range(depth):
+        levels.append(space.advance(levels[-1])[0])
+    last = levels[-1]
+    bad = judge(space, last)
+    targets = (space.codes(last) if isinstance(space, Quotient) else last)[bad]
+    leading = [set(targets.tolist())]
+    for level in reversed(levels[:-1]):
+        edges = space.edges(level)
+        sources = np.unique(edges["source"][np.isin(edges["target"], targets)])
+        targets = (space.codes(level) if isinstance(space, Quotient) else level)[..., sources]
+        leading.append(set(targets.tolist()))
+    events: list[Event] = []
+    state = space.machine.start
+    for goals in reversed(leading[:-1]):
+        event = next(event for event in space.machine.events(state) if space.key(event.target) in goals)
+        events.append(event)
+        state = event.target
+    return events

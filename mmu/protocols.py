@@ -26,3 +26,13 @@ unprotect:
 
 oops: wp and not lock and spte.w
 """
+
+from mmu.program import Program, edit
+
+
+def one_shot(n=3):
+    return Program(SEED_2012, [["fault"]] * (n - 1) + [["protect"]])
+
+
+def looping(n=3):
+    return Program(SEED_2012, [["fault", "protect", "unprotect"]] * n, forever=True)
