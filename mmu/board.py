@@ -92,6 +92,17 @@ class Board:
         """Whether no reachable state breaks the invariant."""
         return not self.oops.any()
 
+    def verdict(self) -> str:
+        """The verdict in one sentence with its numbers, as it stands beside a protocol."""
+        vcpus = len(self.machine.actors)
+        where = f"{self.machine.memory}, {vcpus} vCPUs, {len(self.states):,} states"
+        if self.machine.program.forever:
+            return f"Safe: OOPS in none of the states ({where})." if self.safe else f"Broken: OOPS can be reached ({where})."
+        bad, total = self.count()
+        if self.safe:
+            return f"Safe: none of {total:,} schedules ends in OOPS ({where})."
+        return f"Broken: {bad:,} of {total:,} schedules end in OOPS, the shortest after {self.left[0]} moves ({where})."
+
     def shortest(self, start: int = 0) -> list[Move]:
         """A shortest way from a state into the broken invariant, the first when actors are tried in order."""
         path, here = [], start
@@ -100,6 +111,54 @@ class Board:
             path.append(move)
             here = move.target
         return path
+
+    def path_to(self, there: int) -> list[Move]:
+        """A shortest way from the start to a state."""
+        path: list[Move] = []
+        while there:
+            before = min(self._into[there], key=lambda here: (self.depth[here], here))
+            path.append(next(move for move in self.moves[before] if move.target == there))
+            there = before
+        return path[::-1]
+
+    def ways(self) -> NDArray[np.int64]:
+        """How many ways lead from the start to each state ``# (state,)``; counts schedules by how they end.
+
+        Raises:
+            ValueError: the graph has a cycle.
+        """
+        ways = np.zeros(len(self.states), dtype=np.int64)
+        ways[0] = 1
+        for here in reversed(self._order()):
+            for move in self.moves[here]:
+                ways[move.target] += ways[here]
+        return ways
+
+    def count(self) -> tuple[int, int]:
+        """How many complete schedules pass through a broken state, and how many there are.
+
+        Raises:
+            ValueError: the graph has a cycle.
+        """
+        total, bad = [0] * len(self.states), [0] * len(self.states)
+        for here in self._order():
+            targets = [move.target for move in self.moves[here]]
+            total[here] = sum(total[target] for target in targets) or 1
+            bad[here] = total[here] if self.oops[here] else sum(bad[target] for target in targets)
+        return bad[0], total[0]
+
+    def _order(self) -> list[int]:
+        """The states, each after all that it leads to."""
+        open_moves = [len(moves) for moves in self.moves]
+        ready = self.ends()
+        for here in ready:  # the list grows while it is walked
+            for before in self._into[here]:
+                open_moves[before] -= 1
+                if not open_moves[before]:
+                    ready.append(before)
+        if len(ready) < len(self.states):
+            raise ValueError("the program runs forever, so its schedules cannot be counted; expected a one-shot one")
+        return ready
 
     def play(self, schedule: str) -> list[Move]:
         """The moves of a schedule such as ``"0 0 1 2d"``: the actor of each step, with ``d`` for draining its buffer.
@@ -137,23 +196,12 @@ class Board:
         Raises:
             ValueError: the graph has a cycle, or more than 5 million schedules.
         """
-        open_moves = [len(moves) for moves in self.moves]
-        count = [0] * len(self.states)
+        if self.count()[1] > MAX_SCHEDULES:
+            raise ValueError(f"more than {MAX_SCHEDULES:,} schedules; the wall would have too many cells")
         ways: list[NDArray[np.bool_]] = [np.zeros(0, dtype=np.bool_)] * len(self.states)
-        ready = self.ends()
-        for here in ready:  # a state is ready once all that it leads to are; the list grows while it is walked
-            targets = [move.target for move in self.moves[here]]
-            count[here] = sum(count[target] for target in targets) or 1
-            if count[here] > MAX_SCHEDULES:
-                raise ValueError(f"more than {MAX_SCHEDULES:,} schedules; the wall would have too many cells")
-            below = np.concatenate([ways[target] for target in targets] or [np.zeros(1, dtype=np.bool_)])
+        for here in self._order():
+            below = np.concatenate([ways[move.target] for move in self.moves[here]] or [np.zeros(1, dtype=np.bool_)])
             ways[here] = np.ones_like(below) if self.oops[here] else below
-            for before in self._into[here]:
-                open_moves[before] -= 1
-                if not open_moves[before]:
-                    ready.append(before)
-        if len(ready) < len(self.states):
-            raise ValueError("the program runs forever, so its schedules cannot be counted; expected a one-shot one")
         return ways[0]
 
     def ends(self) -> list[int]:

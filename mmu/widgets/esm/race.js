@@ -112,7 +112,7 @@ function render({ model, el }) {
     const next = h("code", { class: "mmu-next" }), buffer = h("span", { class: "mmu-buffer" }), knows = h("span", { class: "mmu-knows" });
     const options = h("div", { class: "mmu-options" });
     const card = h("div", { class: "mmu-actor", "data-actor": a, role: "group", "aria-label": `vCPU ${a}: ${role}` },
-      h("strong", {}, h("span", { class: "mmu-shape", "aria-hidden": "true" }, SHAPE[a]), ` vCPU ${a}`), ` ${role}`, next, knows, buffer, options);
+      h("span", {}, h("strong", {}, h("span", { class: "mmu-shape", "aria-hidden": "true" }, SHAPE[a]), ` vCPU ${a}`), ` ${role}`), next, knows, buffer, options);
     return { card, next, buffer, knows, options };
   });
   const lanes = h("ol", { class: "mmu-lanes", tabindex: 0, "aria-label": "Moves so far" });
@@ -139,7 +139,7 @@ function render({ model, el }) {
     const state = now(), before = at > 1 ? line[at - 2].to : 0, bad = won(), dead = winnable && !bad && left[state] < 0;
     const options = movesOf(state), seen = values(state), old = values(before);
     wordBox.replaceChildren(...game.words.map(({ name, parts }) => h("span", { class: "mmu-word" }, parts.map(([full]) =>
-      h("span", { class: "mmu-part", "data-changed": at && seen[full] !== old[full] && "yes" }, `${full} `, h("b", {}, seen[full]))))));
+      h("span", { class: "mmu-part", "data-changed": at > 0 && seen[full] !== old[full] && "yes" }, `${full} `, h("b", {}, seen[full]))))));
     cards.forEach(({ card, next, buffer, knows, options: box }, a) => {
       const { next: text, end, knows: known, buffer: waiting } = local(a, state);
       const mine = bad ? [] : options.filter((move) => move.actor === a);
