@@ -27,7 +27,7 @@ text: $(READY)
 	$(BIN)/python book/_tools/chapters.py text $(CHAPTERS)
 
 fold: $(READY)
-	$(BIN)/python book/_tools/chapters.py fold $(CHAPTERS)
+	$(BIN)/python book/_tools/chapters.py fold $(CHAPTERS) $(patsubst _build/text/%.md,book/%.ipynb,$(wildcard _build/text/*.md))
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -69,7 +69,7 @@ _GUEST_FINAL, _GUEST_PAGE = np.uint64(PFEC.mask("GUEST_FINAL")), np.uint64(PFEC.
 _NONE = np.uint64(0)
 
 EPT_MISCONFIG = int(RSVD)
-"""The error code that KVM makes of an EPT misconfiguration (VM exit 49): RSVD alone, without P (Linux 6.1 vmx.c)."""
+"""KVM answers an EPT misconfiguration (VM exit 49) with this error code, RSVD alone and no P (Linux 6.1 vmx.c)."""
 
 
 def from_ept(qualification: Word) -> Any:
@@ -308,24 +308,30 @@ def _why_impossible(code: int) -> str:
 
 
 def describe(code: int) -> str:
-    """One error code as a sentence. Chapter 2.
+    """One error code as a sentence; of a nested fault's U it says nothing, since there U is no sign of user mode.
+
+    Chapter 2.
 
     >>> describe(0x7)
-    'a write from user mode to a page whose every level was present: permission was refused'
+    'a write from user mode was refused by a present entry'
     >>> describe(0x200000006)
-    'a write from user mode met a missing entry, while the guest’s own page tables were walked'
+    'a write met a missing entry, while the guest’s own page tables were walked'
     """
     bit = {name: bool(PFEC.field(code, name)) for name in PFEC}
     what = " and ".join(name for name, on in (("a write", bit["W"]), ("an instruction fetch", bit["F"])) if on)
-    sentence = f"{what or 'a read'} from {'user' if bit['U'] else 'supervisor'} mode"
+    sentence = what or "a read"
+    if not (bit["GUEST_FINAL"] or bit["GUEST_PAGE"]):
+        sentence += f" from {'user' if bit['U'] else 'supervisor'} mode"
     if bit["RSVD"]:
         sentence += " met an entry with a reserved bit set"
     elif bit["PK"]:
         sentence += " was refused by a protection key"
     elif bit["P"]:
-        sentence += " to a page whose every level was present: permission was refused"
+        sentence += " was refused by a present entry"
     else:
         sentence += " met a missing entry"
     if bit["GUEST_PAGE"]:
         sentence += ", while the guest’s own page tables were walked"
+    elif bit["GUEST_FINAL"]:
+        sentence += ", at the guest’s final address"
     return sentence

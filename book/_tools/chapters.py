@@ -2,7 +2,7 @@
 
     chapters.py run book/*.ipynb     execute, normalise, store
     chapters.py text book/*.ipynb    write _build/text/NAME.md (MyST), to edit or to review
-    chapters.py fold book/*.ipynb    take those texts back into the chapters and run the changed ones
+    chapters.py fold book/*.ipynb    take those texts back into the chapters (new ones too) and run the changed ones
 
 Stored outputs are the pages' source and the tests' expectation, so they must not change unless their meaning does:
 no timings, no interpreter version, no random widget ids, and each picture's alternative text where the page finds it.
@@ -26,7 +26,7 @@ def execute(path):
     NotebookClient(notebook, resources={"metadata": {"path": str(path.parent)}}, **options).execute()
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
-        "language_info": {"name": "python"},
+        "language_info": {"name": "python", "pygments_lexer": "ipython3"},
     }
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number:02d}"
@@ -45,10 +45,21 @@ def execute(path):
     print(f"{path}: executed and stored")
 
 
+def written(path):
+    """What an author wrote in a chapter: its cells without what they printed and what :func:`execute` added."""
+    cells = jupytext.read(path).cells
+    kept = [{key: value for key, value in cell.metadata.items() if key in ("tags", "mystnb")} for cell in cells]
+    for metadata in kept:
+        metadata.get("mystnb", {}).pop("image", None)
+    return [(cell.cell_type, cell.source, metadata) for cell, metadata in zip(cells, kept, strict=True)]
+
+
 def main(command, *paths):
     """Do ``command`` to each chapter."""
     for path in map(Path, paths):
         text = TEXT / f"{path.stem}.md"
+        if command == "fold" and not text.exists():
+            continue
         if command == "run":
             execute(path)
         elif command == "text":
@@ -56,13 +67,8 @@ def main(command, *paths):
             jupytext.write(jupytext.read(path), text, fmt="md:myst")
             print(text)
         elif command == "fold":
-            if not text.exists():
-                continue
-            new, old = jupytext.read(text), jupytext.read(path)
-            if [(c.cell_type, c.source, c.metadata) for c in new.cells] != [
-                (c.cell_type, c.source, c.metadata) for c in old.cells
-            ]:
-                nbformat.write(new, path)
+            if not path.exists() or written(text) != written(path):
+                nbformat.write(jupytext.read(text), path)
                 execute(path)
         else:
             sys.exit(f"{command!r} is no command; expected run, text or fold")

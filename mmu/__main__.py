@@ -1,0 +1,134 @@
+"""``python -m mmu``: decode a word, check a record, explore a protocol, report on a trace.
+
+Text for people goes to stdout and diagnostics to stderr; with ``--json`` stdout holds exactly one JSON object.
+Exit codes: 0 done and all agree; 1 compared and not all agree; 2 input or arguments unusable, or nothing to compare;
+3 stopped early.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from mmu import check as checking
+from mmu import pfec
+from mmu.bits import as_words
+
+DONE, DISAGREE, UNUSABLE, STOPPED = 0, 1, 2, 3
+DEFAULT_LAYOUT = "6.1-npt"
+
+
+def _emit(value: dict[str, Any]) -> None:
+    print(json.dumps(value, indent=None, allow_nan=False))
+
+
+def _decode_code(code: int) -> dict[str, Any]:
+    verdicts = {rule: pfec.verdict(code, rule) for rule in pfec.SOURCES}
+    return {
+        "fields": {name: value for name, value in pfec.PFEC.unpack(code).items() if value},
+        "state": "impossible" if pfec.impossible(code) else pfec.PFEC.text(code),
+        "verdict": {rule: verdict.verdict for rule, verdict in verdicts.items()},
+        "reason": {rule: f"{verdict.reason} ({pfec.SOURCES[rule]})" for rule, verdict in verdicts.items()},
+        "text": pfec.describe(code),
+    }
+
+
+def _decode_ept(qualification: int) -> dict[str, Any]:
+    fields = {name: value for name, value in pfec.EPT_QUALIFICATION.unpack(qualification).items() if value}
+    code = pfec.from_ept(qualification)
+    decoded = _decode_code(code)
+    text = f"{pfec.EPT_QUALIFICATION.text(qualification)}; Linux 6.1 makes of it {pfec.PFEC.text(code)} ({code:#x})"
+    return {**decoded, "fields": fields, "pfec": f"{code:#x}", "text": f"{text}: {decoded['text']}"}
+
+
+DECODERS = {"pfec": _decode_code, "ept": _decode_ept, "npf": lambda word: _decode_code(pfec.from_npt(word))}
+
+
+def decode(options: argparse.Namespace) -> int:
+    """Decode one word."""
+    try:
+        value = pfec.PFEC.parse(options.value) if options.kind == "pfec" else _hexadecimal(options.value)
+        decoded = DECODERS[options.kind](value)
+    except ValueError as error:
+        print(f"decode: {error}", file=sys.stderr)
+        return UNUSABLE
+    record = {"kind": options.kind, "value": f"{value:#x}", "layout": options.layout, **decoded}
+    if options.json:
+        _emit(record)
+        return DONE
+    print(f"{options.kind} {value:#x} = {pfec.PFEC.text(int(value)) if options.kind != 'ept' else ''}".rstrip(" ="))
+    print(f"  layout   {options.layout}")
+    print(f"  text     {record['text']}")
+    for rule, verdict in record["verdict"].items():
+        print(f"  {verdict:<10} {rule}: {record['reason'][rule]}")
+    return DONE
+
+
+def _hexadecimal(text: str) -> int:
+    try:
+        return int(as_words(int(text, 16)))
+    except ValueError:
+        raise ValueError(f"{text!r} is no 64-bit hexadecimal number; expected for example 0x1aa") from None
+
+
+def check(options: argparse.Namespace) -> int:
+    """Compare records with the package's own answers."""
+    files, worst = [], DONE
+    for path in options.files:
+        try:
+            checked = checking.check(path)
+        except checking.Unusable as error:
+            print(f"check: {error}", file=sys.stderr)
+            worst = UNUSABLE
+            continue
+        files.append(checked)
+        worst = max(worst, UNUSABLE if not checked.of else DONE if checked.agree == checked.of else DISAGREE)
+        if not options.json:
+            _print_checked(checked)
+    agree, of = sum(f.agree for f in files), sum(f.of for f in files)
+    if options.json:
+        _emit({"files": [f.as_json() for f in files], "agree": agree, "of": of, "complete": True})
+    else:
+        print(f"agree {agree} of {of}")
+    return worst
+
+
+def _print_checked(checked: checking.Checked) -> None:
+    print(f"{checked.path}: {checked.kind}")
+    for kind, count in checked.counts.items():
+        print(f"  {kind:<12} agree {count['agree']} of {count['of']}")
+    for wrong in checked.disagreements[:20]:
+        print(
+            f"  line {wrong['line']}: predicted {wrong['predicted']}, recorded {wrong['recorded']}: {wrong['reason']}"
+        )
+    if len(checked.disagreements) > 20:
+        print(f"  and {len(checked.disagreements) - 20} more (all with --json)")
+    for line in checked.unreadable[:20]:
+        print(f"  line {line['line']} unreadable: {line['reason']}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; the return value is the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m mmu", description=__doc__.split("\n\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    one = commands.add_parser("decode", help="say what the bits of one word mean")
+    one.add_argument("kind", choices=sorted(DECODERS))
+    one.add_argument("value", help="hexadecimal, 0x optional; pfec also takes P|W|U")
+    one.add_argument("--layout", default=DEFAULT_LAYOUT, help=f"default {DEFAULT_LAYOUT}")
+    one.set_defaults(run=decode)
+
+    two = commands.add_parser("check", help="compare recorded answers with the package's own")
+    two.add_argument("files", nargs="+", metavar="FILE", help="plain or gzipped; - is standard input")
+    two.set_defaults(run=check)
+
+    for command in (one, two):
+        command.add_argument("--json", action="store_true", help="print exactly one JSON object")
+    options = parser.parse_args(arguments)
+    return options.run(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""A real Chromium over the built pages, cut off from every other host."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, sync_playwright
+
+ROOT = Path(__file__).parents[2]
+SITE = ROOT / "_build/html"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--no-first-run"]
+WHY_SKIPPED = "no Chromium on this machine; on Debian: apt-get install chromium"
+
+
+def pytest_collection_modifyitems(items):
+    """Mark the tests here, and skip them where there is no browser; never where CI is set."""
+    for item in items:
+        if Path(item.fspath).is_relative_to(Path(__file__).parent):
+            item.add_marker("browser")
+            if not CHROMIUM and not os.environ.get("CI"):
+                item.add_marker(pytest.mark.skip(reason=WHY_SKIPPED))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """End with a line that says so when the browser tests were skipped."""
+    if any(WHY_SKIPPED in str(report.longrepr) for report in terminalreporter.stats.get("skipped", [])):
+        terminalreporter.write_line(f"The browser tests were skipped: {WHY_SKIPPED}.", yellow=True)
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """One browser for the whole run."""
+    assert CHROMIUM, WHY_SKIPPED
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+class Visit:
+    """An opened page with what went wrong on it: requests to other hosts, failed ones, and console errors."""
+
+    def __init__(self, page: Page) -> None:
+        self.page = page
+        self.foreign: list[str] = []
+        self.errors: list[str] = []
+        page.route("**/*", self._gate)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("console", lambda line: self.errors.append(line.text) if line.type in ("error", "warning") else None)
+        page.on("requestfailed", lambda request: self.errors.append(f"failed: {request.url}"))
+
+    def _gate(self, route):
+        if route.request.url.startswith(("file:", "data:", "blob:", "http://127.0.0.1")):
+            route.continue_()
+        else:
+            self.foreign.append(route.request.url)
+            route.abort()
+
+    def open(self, name: str) -> Page:
+        """Open a built page by its path below the site and wait until its players are mounted."""
+        self.page.goto((SITE / name).as_uri(), wait_until="load")
+        self.mount()
+        return self.page
+
+    def mount(self) -> None:
+        """Bring every player near the screen, as a reader who scrolls does, and wait for it."""
+        players = self.page.locator(".mmu-player")
+        for number in range(players.count()):
+            players.nth(number).scroll_into_view_if_needed()
+            self.page.wait_for_function(
+                "n => ['yes', 'failed'].includes(document.querySelectorAll('.mmu-player')[n].dataset.mounted)", arg=number
+            )
+
+
+@pytest.fixture
+def visit(chromium):
+    """Open pages: ``visit(scheme, width)`` gives a :class:`Visit`; all are closed at the end."""
+    contexts = []
+
+    def make(scheme: str = "light", width: int = 1200) -> Visit:
+        height = 844 if width < 600 else 900
+        context = chromium.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+        context.set_default_timeout(10_000)
+        contexts.append(context)
+        return Visit(context.new_page())
+
+    yield make
+    for context in contexts:
+        context.close()

@@ -1,0 +1,67 @@
+"""Every built page: it loads from a folder, asks no other host, fits a phone, and passes an accessibility check."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+
+from .conftest import SITE
+
+PAGES = sorted(path.relative_to(SITE).as_posix() for path in (SITE / "book").glob("*.html"))
+
+OVERFLOW = """() => {
+  const wide = [];
+  for (const element of document.querySelectorAll("article *")) {
+    const box = element.getBoundingClientRect();
+    let scrolls = false;
+    for (let up = element; up && up !== document.body; up = up.parentElement)
+      scrolls ||= getComputedStyle(up).overflowX !== "visible";
+    if (!scrolls && box.width && box.right > innerWidth + 1) wide.push(element.tagName + "." + element.className);
+  }
+  return { page: document.documentElement.scrollWidth - innerWidth, wide };
+}"""
+
+
+def test_the_book_has_its_pages():
+    """Each page that the table of contents names was built."""
+    named = re.findall(r"(?:root|file): (\S+)", (SITE.parents[1] / "_toc.yml").read_text())
+    assert {f"{name}.html" for name in named} <= set(PAGES)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_opens_from_a_folder(visit, name):
+    """A page opened from file:// mounts every player, logs nothing and requests nothing from another host."""
+    seen = visit()
+    page = seen.open(name)
+    states = page.locator(".mmu-player").evaluate_all("players => players.map(player => player.dataset.mounted)")
+    assert states == ["yes"] * len(states)
+    assert seen.foreign == []
+    assert seen.errors == []
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_fits_a_phone(visit, name):
+    """Nothing on a page sticks out of a screen 390 pixels wide."""
+    page = visit(width=390).open(name)
+    assert page.evaluate(OVERFLOW) == {"page": 0, "wide": []}
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("name", PAGES)
+def test_accessible(visit, name, scheme):
+    """axe-core finds no violation in a page's content, in light and in dark."""
+    page = visit(scheme).open(name)
+    assert page.evaluate("document.documentElement.dataset.theme") == scheme
+    found = Axe().run(page, context="article").response["violations"]
+    assert [(v["id"], [node["html"] for node in v["nodes"]][:3]) for v in found] == []
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_pictures_state_their_finding(visit, name):
+    """Each picture's alternative text is a sentence with a number in it, not a path."""
+    page = visit().open(name)
+    texts = page.locator("article img").evaluate_all("images => images.map(image => image.alt)")
+    for text in texts:
+        assert re.search(r"\d", text) and len(text.split()) > 4 and "/" not in text.split()[0], text
