@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -76,6 +76,25 @@ class Format:
     nx: bool
     reserved: Callable[[int, bool, int], int]
 
+    def shift(self, level: int) -> int:
+        """How far right an address is shifted so that its lowest bits are the index at ``level``.
+
+        >>> LONG4.shift(1), LONG4.shift(4), LEGACY.shift(2)
+        (12, 39, 22)
+        """
+        return 12 + sum(self.index_bits[self.levels - level + 1 :])
+
+    def index(self, address: Any, level: int) -> Any:
+        """The entry that translates ``address`` in a table of ``level``; an int for an int, else a uint64 array.
+
+        >>> LONG4.index(0x40001000, 3), PAE.index(0xC0000000, 3)
+        (1, 3)
+        """
+        top = (1 << self.index_bits[self.levels - level]) - 1
+        if isinstance(address, int):
+            return address >> self.shift(level) & top
+        return address >> np.uint64(self.shift(level)) & np.uint64(top)
+
 
 def _long_reserved(level: int, leaf: bool, maxphyaddr: int) -> int:
     """Physical address bits the CPU lacks; PS at levels 4 and 5; the low address bits of a large leaf."""
@@ -100,6 +119,20 @@ LONG5 = Format("long mode, 5 levels", 5, 8, (9, 9, 9, 9, 9), (2, 3), (), True, _
 PAE = Format("PAE, 3 levels", 3, 8, (2, 9, 9), (2,), (3,), True, _pae_reserved)
 LEGACY = Format("32-bit, 2 levels, CR4.PSE=0", 2, 4, (10, 10), (), (), False, _legacy_reserved)
 LEGACY_PSE = Format("32-bit, 2 levels, CR4.PSE=1", 2, 4, (10, 10), (2,), (), False, _legacy_reserved)
+
+
+def format_of(cr0: int, cr4: int, efer: int) -> Format | None:
+    """The paging mode that the control registers select; None while CR0.PG is clear.
+
+    >>> format_of(0x80010033, 0x20, 0xD01).name, format_of(0x80010033, 0x20, 0x800).name, format_of(0x10033, 0, 0)
+    ('long mode, 4 levels', 'PAE, 3 levels', None)
+    """
+    pg, pse, pae, la57, lma = cr0 >> 31 & 1, cr4 >> 4 & 1, cr4 >> 5 & 1, cr4 >> 12 & 1, efer >> 10 & 1
+    if not pg:
+        return None
+    if not pae:
+        return LEGACY_PSE if pse else LEGACY
+    return PAE if not lma else LONG5 if la57 else LONG4
 
 
 class Judgement(NamedTuple):

@@ -459,62 +459,11 @@ def unnamed(words: Word, layout: str | SpteLayout = DEFAULT) -> Any:
 # MMIO sptes ----------------------------------------------------------------------------------------------------------
 
 
-def l1tf_mask(cache_bits: int) -> int:
-    """The five address bits that a CPU with the L1TF bug must find set in an entry that it shall not follow.
-
-    Args:
-        cache_bits: how many physical address bits the CPU's L1 cache uses, 44 for example.
-
-    Source: Linux 6.1 spte.c, ``kvm_mmu_reset_all_pte_masks``. Chapter 3.
-
-    >>> hex(l1tf_mask(44))
-    '0xf8000000000'
-    """
-    if not 17 <= cache_bits <= 46:
-        raise ValueError(f"cache_bits is {cache_bits}; expected 17 to 46: beyond, KVM takes the CPU to be safe")
-    return 0b11111 << (cache_bits - 5)
-
-
-def make_mmio(
-    gfn: Word,
-    *,
-    access: Word = 0b110,
-    generation: Word = 0,
-    layout: str | SpteLayout = DEFAULT,
-    l1tf: int = 0,
-) -> Any:
-    """The MMIO spte for each gfn (``make_mmio_spte``, ``mark_mmio_spte``); any shape, uint64. Chapter 3.
-
-    Args:
-        gfn: guest frame numbers that no memory slot covers.
-        access: what the guest's mapping allowed: W is 2, U is 4 (EPT keeps neither).
-        generation: the memory slots' generation; only its low 19 bits are kept (18 in 5.10, none before).
-        layout: the layout of the result.
-        l1tf: :func:`l1tf_mask` of the CPU, 0 on a CPU without the bug: the gfn's bits there move up by five.
-
-    >>> hex(make_mmio(0x80000, generation=4))
-    '0x8000080000027'
-    """
-    form = layout_named(layout)
-    gpa = as_words(gfn, "gfn") << np.uint64(12)
-    mask = np.uint64(l1tf)
-    word = np.uint64(form.mmio_value) | gpa | mask | (gpa & mask) << np.uint64(5)
-    if not form.ept:
-        word = word | np.uint64(1) | (as_words(access, "access") & np.uint64(0b110))
-    if "GEN_LOW" in form.mmio:
-        low, high = form.mmio["GEN_LOW"], form.mmio["GEN_HIGH"]
-        g = as_words(generation, "generation")
-        word = word | g << np.uint64(low.low) & np.uint64(low.mask)
-        word = word | g >> np.uint64(low.width) << np.uint64(high.low) & np.uint64(high.mask)
-    if form.ept:
-        word = word | np.uint64(0b110)
-    return word.item() if all(np.ndim(value) == 0 for value in (gfn, access, generation)) else word
-
-
 def mmio(words: Word, layout: str | SpteLayout = DEFAULT, *, l1tf: int = 0) -> dict[str, Any]:
     """What each MMIO spte says: ``gfn``, ``generation`` and ``access`` (W is 2, U is 4); any shape, uint64. Chapter 3.
 
-    Words that are no MMIO spte (:func:`is_mmio`) give values without a meaning.
+    ``l1tf`` is :func:`mmu.update.l1tf_mask` of the CPU, 0 on a CPU without that bug. Words that are no MMIO spte
+    (:func:`is_mmio`) give values without a meaning.
 
     >>> mmio(0x8000080000027)
     {'gfn': 524288, 'generation': 4, 'access': 6}
