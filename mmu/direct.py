@@ -14,163 +14,47 @@ Facts: Linux 6.1 ``arch/x86/kvm/mmu/mmu.c`` (``direct_page_fault``, ``fast_page_
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmu.host import HUGE_PAGES
+from mmu.kernel import (
+    CAN_FETCH,
+    CAN_READ,
+    CAN_WRITE,
+    CODE_F,
+    CODE_P,
+    CODE_RSVD,
+    CODE_U,
+    CODE_W,
+    EMULATE,
+    FAILED,
+    FAST_FIXED,
+    FAST_NOT_FIXED,
+    FAULT,
+    MMIO,
+    PREFETCH,
+    RET_EMULATE,
+    RET_FIXED,
+    RET_NONE,
+    RET_RETRY,
+    RETRY,
+    SLOW,
+    Bools,
+    Index,
+    Kernel,
+    Masks,
+    Touches,
+    Words,
+    independent,
+)
 from mmu.pfec import PFEC
 from mmu.slots import HOLE, GuestMemory, Slot
-from mmu.spte import layout_named, make_mmio
+from mmu.update import make_mmio, make_spte
 
-Index = NDArray[np.int64]
-Bools = NDArray[np.bool]
-Words = NDArray[np.uint64]
-
-PREFETCH = 8  # sptes filled around a faulting one (PTE_PREFETCH_NUM)
-
-PATHS = ("fast fixed", "fast not fixed", "spurious", "slow", "retry", "emulate", "MMIO", "injected", "failed")
-"""What became of a fault; a fault's ``path`` is a position here. ``fast not fixed`` went on to the slow path."""
-
-FAST_FIXED, FAST_NOT_FIXED, SPURIOUS, SLOW, RETRY, EMULATE, MMIO, INJECTED, FAILED = np.arange(9, dtype=np.uint8)
-
-RETURNS = ("none", "RETRY", "EMULATE", "WRITE_PROTECTED", "INVALID", "FIXED", "SPURIOUS")
-"""What the common fault handler returned; ``none``: it was not called (a valid MMIO spte says all)."""
-
-(RET_NONE, RET_RETRY, RET_EMULATE, RET_WRITE_PROTECTED, RET_INVALID, RET_FIXED, RET_SPURIOUS) = np.arange(
-    7, dtype=np.uint8
-)
-
-POLICIES = ("none", "2012", "3.6", "6.1", "6.12")
-"""Who repairs write-protect faults without the lock: nobody; every MMU; direct MMUs; the same, but only 4K sptes."""
-
-FAULT = np.dtype(
-    [
-        ("access", np.int64),  # position in the run, -1 where the touch is no access of the stream
-        ("vcpu", np.int32),
-        ("gva", np.uint64),
-        ("address", np.uint64),  # what the fault reports: guest-physical with nested paging, else virtual
-        ("gfn", np.int64),
-        ("code", np.uint64),
-        ("path", np.uint8),
-        ("ret", np.uint8),
-        ("printed", np.bool),  # a fast_page_fault event is printed
-        ("old", np.uint64),
-        ("new", np.uint64),
-        ("order", np.int64),
-    ]
-)
-"""One fault: a structured array of these is what every run yields, in order."""
-
-_W, _U, _RSVD, _F, _P = (np.uint64(PFEC.mask(name)) for name in ("W", "U", "RSVD", "F", "P"))
 _FINAL, _WALK = np.uint64(PFEC.mask("GUEST_FINAL")), np.uint64(PFEC.mask("GUEST_PAGE"))
-CAN_READ, CAN_WRITE, CAN_FETCH = np.uint8(1), np.uint8(2), np.uint8(4)
 TABLE = np.uint64(1)  # in ``DirectMMU.blocks``: a table of 4K sptes stands below
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """The kernel and its switches.
-
-    Attributes:
-        release: ``6.1`` or ``6.12``: whose rules the slow path follows.
-        nested_paging: EPT or NPT is used (``kvm_amd.npt``).
-        tdp_mmu: the TDP MMU rather than the legacy one (``kvm.tdp_mmu``; only with nested paging).
-        eager_page_split, nx_huge_pages, mmio_caching, flush_on_reuse: as the module parameters.
-        policy: one of :data:`POLICIES`.
-        layout: the spte layout, for example ``6.1-npt``.
-    """
-
-    release: str = "6.1"
-    nested_paging: bool = True
-    tdp_mmu: bool = True
-    eager_page_split: bool = True
-    nx_huge_pages: bool = False
-    mmio_caching: bool = True
-    flush_on_reuse: bool = False
-    policy: str = "6.1"
-    layout: str = "6.1-npt"
-
-    def __post_init__(self) -> None:
-        if self.release not in ("6.1", "6.12"):
-            raise ValueError(f"release is {self.release!r}; expected 6.1 or 6.12")
-        if self.policy not in POLICIES:
-            raise ValueError(f"policy is {self.policy!r}; expected one of {', '.join(POLICIES)}")
-
-    @property
-    def uses_tdp_mmu(self) -> bool:
-        """The TDP MMU is in charge."""
-        return self.nested_paging and self.tdp_mmu
-
-
-class Touches(NamedTuple):
-    """Touches of guest-physical memory in order: all arrays ``# (touch,)``, see :meth:`DirectMMU.settle`."""
-
-    order: Index  # ascending; equal only for touches that cannot both fault
-    access: Index
-    gva: Words
-    gpa: Words
-    slot: NDArray[np.int16]
-    index: Index
-    write: Bools
-    fetch: Bools
-    user: Bools
-    walk: Bools  # the CPU's own access to a guest page table
-
-    def take(self, which: Index) -> Touches:
-        """Only the touches at these positions."""
-        return Touches(*(column[which] for column in self))
-
-
-class SpteMaker:
-    """``make_spte`` for one layout: the words of leaf sptes, whole arrays at once."""
-
-    def __init__(self, layout: str) -> None:
-        self.form = layout_named(layout)
-        bits = self.form.bits
-        readable, executable = (("R", "X") if self.form.ept else ("P", ""))
-        self.present = np.uint64(bits.mask("MMU_P", readable, *([] if self.form.ept else ["U"])))
-        self.mmu_present = np.uint64(bits.mask("MMU_P"))
-        self.user = np.uint64(0 if self.form.ept else bits.mask("U"))
-        self.w, self.a, self.d = (np.uint64(bits.mask(name)) for name in ("W", "A", "D"))
-        self.host_w, self.mmu_w, self.large = (np.uint64(bits.mask(name)) for name in ("HOST_W", "MMU_W", "PS"))
-        self.execute = np.uint64(bits.mask(executable) if executable else 0)
-        self.no_execute = np.uint64(0 if executable else bits.mask("NX"))
-        self.memory_type = np.uint64(0x30 if self.form.ept else 0)  # write-back
-        self.frame = np.uint64(bits.mask("PFN"))
-        self.frame_low = np.uint64(bits["PFN"].low)
-
-    def leaf(
-        self,
-        pfn: Words,
-        host_writable: Bools,
-        old: Words,
-        *,
-        writable: Bools | bool = True,
-        user: Bools | bool = True,
-        executable: Bools | bool = True,
-        large: Bools | bool = False,
-        prefetch: Bools | bool = False,
-    ) -> Words:
-        """The spte for each page: software bits say who allows writing, W is set where both do."""
-        allowed = np.asarray(writable, dtype=np.bool) & host_writable
-        executable = np.asarray(executable, dtype=np.bool)
-        word = pfn << self.frame_low & self.frame | self.present & ~self.user | self.memory_type
-        word = word | np.asarray(user, dtype=np.bool) * self.user
-        word = word | np.where(executable, self.execute, self.no_execute)
-        word = word | np.asarray(large, dtype=np.bool) * self.large | host_writable * self.host_w
-        word = word | (~np.asarray(prefetch, dtype=np.bool)) * self.a
-        word = word | allowed * (self.w | self.mmu_w)
-        return word | (allowed & (old & self.w == 0)) * self.d
-
-    def rights(self, word: Words) -> NDArray[np.uint8]:
-        """What the CPU may do through each leaf: read 1, write 2, fetch 4."""
-        present = word & self.mmu_present != 0
-        fetch = word & self.execute != 0 if self.execute else word & self.no_execute == 0
-        can = present * CAN_READ | (present & (word & self.w != 0)) * CAN_WRITE | (present & fetch) * CAN_FETCH
-        return can.astype(np.uint8)
 
 
 class DirectMMU:
@@ -189,7 +73,7 @@ class DirectMMU:
 
     def __init__(self, memory: GuestMemory, kernel: Kernel) -> None:
         self.memory, self.kernel = memory, kernel
-        self.make = SpteMaker(kernel.layout)
+        self.bits = Masks(kernel.layout)
         self.prefetches = not kernel.uses_tdp_mmu
         self.sptes = np.zeros(0, dtype=np.uint64)
         self.rights = np.zeros(0, dtype=np.uint8)
@@ -255,26 +139,16 @@ class DirectMMU:
         return faults[np.argsort(faults["order"], kind="stable")], emulated  # rounds stay in order within a touch
 
     def _independent(self, t: Touches, positions: Index) -> Index:
-        """Of the waiting touches, those that may be served together: the first of each unit.
-
-        A touch that changes nothing (a valid MMIO spte, a store to a read-only slot) is served along with every other
-        such touch ahead of its unit's first that does change something.
-        """
+        """Of the waiting touches, those that may be served together: the first of each unit."""
         gfn = (t.gpa >> np.uint64(12)).astype(np.int64)
         shift, start, total = self._units()
         unit = start[t.slot] + (gfn >> shift[t.slot])
         hole = t.slot == HOLE
         unit[hole] = total + t.index[hole]
-        inert = self._inert(t)
         if self._lead.size < total + self.memory.size:
             self._lead = np.zeros(total + self.memory.size, dtype=np.int64)
-        count = positions.size
-        self._lead[unit[inert]] = count
-        acting = np.flatnonzero(~inert)[::-1]
-        self._lead[unit[acting]] = acting  # the last assignment wins: the first touch of the unit
-        here = np.arange(count, dtype=np.int64)
-        lead = self._lead[unit]
-        return positions[(here == lead) | (inert & (here < lead))]
+        _, now = independent(unit, np.zeros(unit.shape, dtype=np.bool), self._inert(t), self._lead)
+        return positions[now]
 
     def _inert(self, t: Touches) -> Bools:
         """Touches whose fault will change no state."""
@@ -291,7 +165,7 @@ class DirectMMU:
         for slot in self.memory.slots:
             first = self._block_of[slot.first]
             count = (slot.base + slot.pages - 1) // HUGE_PAGES - slot.base // HUGE_PAGES + 1
-            huge = bool((self.blocks[first : first + count] & self.make.large).any()) or bool(slot.backing.pmd.any())
+            huge = bool((self.blocks[first : first + count] & self.bits.large).any()) or bool(slot.backing.pmd.any())
             width = 9 if huge else 3 if self.prefetches else 0
             shift.append(width)
             start.append(total - (slot.base >> width))
@@ -300,13 +174,13 @@ class DirectMMU:
 
     def _fault(self, vcpu: int, t: Touches) -> tuple[NDArray[np.void], Bools]:
         """Serve faults on pages of different units: the error code, the path, the return, and the new state."""
-        make, memory = self.make, self.memory
+        bits, memory = self.bits, self.memory
         gfn = (t.gpa >> np.uint64(12)).astype(np.int64)
         block = self._block(t.slot, gfn)
         entry = np.where(block < 0, np.uint64(0), self.blocks[block] if self.blocks.size else np.uint64(0))
-        large = entry & make.large != 0
+        large = entry & bits.large != 0
         old = np.where(large, entry, self.sptes[t.index])
-        present = old & make.mmu_present != 0
+        present = old & bits.present != 0
         special = ~present & (self.mmio[t.index] >= 0)
         current = special & (self.mmio[t.index] == memory.generation)
         logged = memory.property_of(t.slot, "logged").astype(np.bool)
@@ -323,7 +197,7 @@ class DirectMMU:
         # The fast path looks at every store that met a present spte, and says so.
         tried = present & t.write & (self.kernel.policy != "none")
         refused = large & logged if self.kernel.policy in ("6.1", "6.12") else np.zeros_like(large)
-        fixed = tried & (old & make.mmu_w != 0) & ~refused
+        fixed = tried & (old & bits.mmu_w != 0) & ~refused
         record["printed"] = tried
         self._set_w(t.take(np.flatnonzero(fixed)), block[fixed], large[fixed], gfn[fixed])
         self._dirty(t, fixed)
@@ -338,7 +212,7 @@ class DirectMMU:
         record["path"][refuse], record["ret"][refuse] = EMULATE, RET_EMULATE
         ask = np.flatnonzero(slow & ~hole & ~refuse)
         if ask.size:
-            self._map(t.take(ask), gfn[ask], block[ask], large[ask], logged[ask], old[ask], ask, record)
+            self._map(t.take(ask), gfn[ask], block[ask], large[ask], logged[ask], ask, record)
         record["path"] = np.where(tried & (record["path"] == SLOW), FAST_NOT_FIXED, record["path"])
         record["new"] = self._shown(self._entry(t.index, block), t.index, gfn)
         return record, current | hole | refuse | (record["path"] == FAILED)
@@ -350,12 +224,11 @@ class DirectMMU:
         block: Index,
         large: Bools,
         logged: Bools,
-        old: Words,
         where: Index,
         record: NDArray[np.void],
     ) -> None:
         """The slow path: ask the host for the page, choose the level, install the spte, prefetch around it."""
-        make, memory = self.make, self.memory
+        bits, memory = self.bits, self.memory
         answer = memory.ask_host(t.slot, t.index, t.write)
         readonly = memory.property_of(t.slot, "readonly").astype(np.bool)
         writable = answer.writable & ~readonly
@@ -364,21 +237,38 @@ class DirectMMU:
         record["path"][where[answer.failed]], record["ret"][where[answer.failed]] = FAILED, RET_NONE
 
         done = ~answer.notified & ~answer.failed
-        wants_huge = done & self._may_be_huge(t.slot, gfn) & ~logged & memory.host_property(
-            t.slot, t.index, "mapped_huge"
+        wants_huge = (
+            done & self._may_be_huge(t.slot, gfn) & ~logged & memory.host_property(t.slot, t.index, "mapped_huge")
         )
         if self.kernel.nx_huge_pages:
             wants_huge &= ~t.fetch & (self.blocks[block] != TABLE)
-        self._install_huge(t, gfn, block, wants_huge, answer.pfn, writable, old)
+        self._install_huge(t, gfn, block, wants_huge, answer.pfn, writable)
         small = done & ~wants_huge
         self._make_table(t.slot[small], gfn[small], block[small], large[small])
         which = t.index[small]
-        self.sptes[which] = make.leaf(answer.pfn[small], writable[small], old[small])
-        self.rights[which] = make.rights(self.sptes[which])
+        self.sptes[which] = self._make(
+            answer.pfn[small], writable[small], self._shown(self.sptes[which], which, gfn[small])
+        )
+        self.rights[which] = bits.rights(self.sptes[which])
         self.mmio[which] = -1
         self._dirty(t, small & writable)
         if self.prefetches and small.any():
             self._prefetch(t.slot[small], gfn[small], which)
+
+    def _make(
+        self,
+        pfn: Words,
+        host_writable: Bools | bool = True,
+        old: Words | int = 0,
+        *,
+        level: int = 1,
+        prefetch: bool = False,
+    ) -> Words:
+        """The leaf for each pfn; a direct MMU leaves rights to the host."""
+        return make_spte(
+            pfn, level=level, host_writable=host_writable, prefetch=prefetch, old=old,
+            nx_huge_pages=self.kernel.nx_huge_pages, layout=self.kernel.layout,
+        )  # fmt: skip
 
     def _dirty(self, t: Touches, which: Bools) -> None:
         if which.any():
@@ -390,20 +280,15 @@ class DirectMMU:
         start = gfn // HUGE_PAGES * HUGE_PAGES
         return (start >= base) & (start + HUGE_PAGES <= base + pages) & ((offset - base) % HUGE_PAGES == 0)
 
-    def _install_huge(
-        self, t: Touches, gfn: Index, block: Index, which: Bools, pfn: Words, writable: Bools, old: Words
-    ) -> None:
+    def _install_huge(self, t: Touches, gfn: Index, block: Index, which: Bools, pfn: Words, writable: Bools) -> None:
         """Map whole blocks by large sptes; what stood below is gone."""
         if not which.any():
             return
         pages = self._pages_of(t.slot[which], gfn[which])  # (fault, 512)
-        entry = self.make.leaf(
-            pfn[which] & ~np.uint64(HUGE_PAGES - 1), writable[which], old[which],
-            executable=not self.kernel.nx_huge_pages, large=True,
-        )  # fmt: skip
+        entry = self._make(pfn[which] & ~np.uint64(HUGE_PAGES - 1), writable[which], level=2)
         self.blocks[block[which]] = entry
         self.sptes[pages] = 0
-        self.rights[pages] = self.make.rights(entry)[:, None]
+        self.rights[pages] = self.bits.rights(entry)[:, None]
         self.mmio[pages] = -1
 
     def _make_table(self, slot: NDArray[np.int16], gfn: Index, block: Index, large: Bools) -> None:
@@ -418,12 +303,12 @@ class DirectMMU:
     def _split(self, slot: NDArray[np.int16], gfn: Index, block: Index) -> None:
         """Replace large sptes by 512 small ones each, which keep W, A and D (``make_huge_page_split_spte``)."""
         pages = self._pages_of(slot, gfn)  # (block, 512)
-        entry = self.blocks[block] & ~self.make.large
+        entry = self.blocks[block] & ~self.bits.large
         if self.kernel.nx_huge_pages:
-            entry = entry & ~self.make.no_execute | self.make.execute
-        frames = np.arange(HUGE_PAGES, dtype=np.uint64) << self.make.frame_low
+            entry = entry & ~self.bits.no_execute | self.bits.execute
+        frames = np.arange(HUGE_PAGES, dtype=np.uint64) << self.bits.frame
         self.sptes[pages] = entry[:, None] | frames
-        self.rights[pages] = self.make.rights(entry)[:, None]
+        self.rights[pages] = self.bits.rights(entry)[:, None]
         self.blocks[block] = TABLE
 
     def _prefetch(self, slot: NDArray[np.int16], gfn: Index, index: Index) -> None:
@@ -433,14 +318,14 @@ class DirectMMU:
         once, and a run whose first page it could not give ends the prefetch. Logged and read-only slots, and runs that
         leave the slot, give nothing at all.
         """
-        memory, make = self.memory, self.make
+        memory, bits = self.memory, self.bits
         base, pages, first = (memory.property_of(slot, name) for name in ("base", "pages", "first"))
         logged, readonly = (memory.property_of(slot, name).astype(np.bool) for name in ("logged", "readonly"))
         group = gfn & ~np.int64(PREFETCH - 1)
         neighbour = group[:, None] + np.arange(PREFETCH, dtype=np.int64)  # (fault, 8) gfns
         inside = (neighbour >= base[:, None]) & (neighbour < (base + pages)[:, None])
         at = np.where(inside, neighbour - base[:, None] + first[:, None], index[:, None])
-        empty = ~inside | (self.sptes[at] & make.mmu_present == 0)  # a neighbour outside the slot has no spte either
+        empty = ~inside | (self.sptes[at] & bits.present == 0)  # a neighbour outside the slot has no spte either
         ready = inside & memory.host_property(np.repeat(slot, PREFETCH), at.ravel(), "writable").reshape(at.shape)
         fill = np.zeros(at.shape, dtype=np.bool)
         alive = ~logged & ~readonly
@@ -456,33 +341,30 @@ class DirectMMU:
         target = at[fill]
         if target.size:
             where = np.repeat(slot, PREFETCH).reshape(at.shape)[fill]
-            pfn = np.zeros(target.shape, dtype=np.uint64)
-            for part, mask, page in memory._by_slot(where, target):
-                pfn[mask] = part.backing.pfn[page]
-            self.sptes[target] = make.leaf(pfn, np.ones(target.shape, dtype=np.bool), self.sptes[target], prefetch=True)
-            self.rights[target] = make.rights(self.sptes[target])
+            self.sptes[target] = self._make(memory.frames(where, target), prefetch=True)
+            self.rights[target] = bits.rights(self.sptes[target])
 
     def _set_w(self, t: Touches, block: Index, large: Bools, gfn: Index) -> None:
-        self.sptes[t.index[~large]] |= self.make.w
+        self.sptes[t.index[~large]] |= self.bits.w
         self.rights[t.index] |= CAN_WRITE
         if large.any():
-            self.blocks[block[large]] |= self.make.w
+            self.blocks[block[large]] |= self.bits.w
             self.rights[self._pages_of(t.slot[large], gfn[large])] |= CAN_WRITE
 
     def _code(self, t: Touches, present: Bools, special: Bools) -> Words:
         """The error code: as NPT reports it, where U is always set, or as a #PF of an unpaged guest."""
-        code = present * _P | t.write * _W | special * _RSVD | t.fetch * _F
+        code = present * CODE_P | t.write * CODE_W | special * CODE_RSVD | t.fetch * CODE_F
         if not self.kernel.nested_paging:
-            return code | t.user * _U
-        return code | _U | np.where(t.walk, _WALK, _FINAL)
+            return code | t.user * CODE_U
+        return code | CODE_U | np.where(t.walk, _WALK, _FINAL)
 
     def _entry(self, index: Index, block: Index) -> Words:
         entry = np.where(block < 0, np.uint64(0), self.blocks[block] if self.blocks.size else np.uint64(0))
-        return np.where(entry & self.make.large != 0, entry, self.sptes[index])
+        return np.where(entry & self.bits.large != 0, entry, self.sptes[index])
 
     def _shown(self, word: Words, index: Index, gfn: Index) -> Words:
         """The spte as KVM would print it: an MMIO spte carries its generation."""
-        special = (word & self.make.mmu_present == 0) & (self.mmio[index] >= 0)
+        special = (word & self.bits.present == 0) & (self.mmio[index] >= 0)
         if special.any():
             generation = np.maximum(self.mmio[index], 0).astype(np.uint64)
             frame, access = gfn.astype(np.uint64), np.uint64(6)
@@ -499,7 +381,7 @@ class DirectMMU:
         self.sptes[index] = 0
         self.rights[index] = 0
         block = self._block(slot, gfn)
-        large = self.blocks[block] & self.make.large != 0
+        large = self.blocks[block] & self.bits.large != 0
         if large.any():
             self.rights[self._pages_of(slot[large], gfn[large])] = 0
             self.blocks[block[large]] = 0
@@ -516,29 +398,30 @@ class DirectMMU:
 
     def protect(self, index: Index) -> None:
         """Write-protect 4K pages for the dirty log: only W goes, so that the fast path may bring it back."""
-        self.sptes[index] &= ~self.make.w
+        self.sptes[index] &= ~self.bits.w
         small = self.sptes[index] != 0
         self.rights[index[small]] &= ~CAN_WRITE
 
-    def protect_cleared(self, slot: Slot, index: Index) -> None:
-        """The same after KVM_CLEAR_DIRTY_LOG, where huge pages were left alone until now (initially-all-set)."""
-        if self.memory.manual and self.memory.initially_set and index.size:
-            page = index - slot.first
-            word = page // 64
-            last = np.append(word[1:] != word[:-1], True)
-            head = np.append(True, last[:-1])
-            low, high = slot.base + page[head], slot.base + page[last]  # (bitmap word,)
-            if self.kernel.eager_page_split and self.kernel.uses_tdp_mmu:
-                some = high > low
-                self._split_at(slot, np.unique(np.concatenate([low[some], high[some] - 1]) // HUGE_PAGES))
-            self._protect_large(slot, np.unique(np.concatenate([low, high]) // HUGE_PAGES), for_good=True)
-        self.protect(index)
+    def log_cleared(self, slot: Slot, index: Index) -> None:
+        """KVM_CLEAR_DIRTY_LOG found these pages dirty: huge pages that were left alone until now (initially-all-set) are
+        split or write-protected. :meth:`protect` sees to the small ones."""
+        if not (self.memory.manual and self.memory.initially_set and index.size):
+            return
+        page = index - slot.first
+        word = page // 64
+        last = np.append(word[1:] != word[:-1], True)
+        head = np.append(True, last[:-1])
+        low, high = slot.base + page[head], slot.base + page[last]  # (bitmap word,)
+        if self.kernel.eager_page_split and self.kernel.uses_tdp_mmu:
+            some = high > low  # KVM splits from the word's first page to before its last: nothing where they are one
+            self._split_at(slot, np.unique(np.concatenate([low[some], high[some] - 1]) // HUGE_PAGES))
+        self._protect_large(slot, np.unique(np.concatenate([low, high]) // HUGE_PAGES), for_good=True)
 
     def _large_blocks(self, slot: Slot, number: Index) -> tuple[NDArray[np.int16], Index, Index]:
         gfn = number * HUGE_PAGES
         position = np.full(gfn.shape, self.memory.slots.index(slot), dtype=np.int16)
         block = self._block(position, gfn)
-        large = self.blocks[block] & self.make.large != 0
+        large = self.blocks[block] & self.bits.large != 0
         return position[large], gfn[large], block[large]
 
     def _split_at(self, slot: Slot, number: Index) -> None:
@@ -549,13 +432,11 @@ class DirectMMU:
     def _protect_large(self, slot: Slot, number: Index, *, for_good: bool = False) -> None:
         position, gfn, block = self._large_blocks(slot, number)
         if block.size:
-            self.blocks[block] &= ~(self.make.w | self.make.mmu_w) if for_good else ~self.make.w
+            self.blocks[block] &= ~(self.bits.w | self.bits.mmu_w) if for_good else ~self.bits.w
             self.rights[self._pages_of(position, gfn)] &= ~CAN_WRITE
 
     def log_started(self, slot: Slot) -> None:
         """Dirty logging was switched on: split huge pages where asked to, and write-protect everything."""
-        if self.memory.manual and self.memory.initially_set:
-            return
         number = np.arange(slot.base // HUGE_PAGES, -(-(slot.base + slot.pages) // HUGE_PAGES), dtype=np.int64)
         if self.kernel.eager_page_split and self.kernel.uses_tdp_mmu:
             self._split_at(slot, number)

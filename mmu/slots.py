@@ -194,6 +194,13 @@ class GuestMemory:
             out[mask] = getattr(slot.backing, name)(page)
         return out
 
+    def frames(self, position: NDArray[np.int16], index: Index) -> NDArray[np.uint64]:
+        """The host frame behind each page (0 for a hole, or where nothing is resident)."""
+        out = np.zeros(index.shape, dtype=np.uint64)
+        for slot, mask, page in self._by_slot(position, index):
+            out[mask] = slot.backing.pfn[page]
+        return out
+
     def _by_slot(self, position: NDArray[np.int16], index: Index) -> list[tuple[Slot, Any, Index]]:
         parts: list[tuple[Slot, Any, Index]] = []
         for number in range(len(self.slots)) if index.size else ():

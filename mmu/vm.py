@@ -18,49 +18,43 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mmu import paging
-from mmu.direct import FAULT, DirectMMU, Kernel, Touches
+from mmu.direct import DirectMMU
 from mmu.host import PAGE, Backing
-from mmu.slots import HOLE, GuestMemory, Slot
-
-Index = NDArray[np.int64]
-Bools = NDArray[np.bool]
-Words = NDArray[np.uint64]
+from mmu.kernel import FAULT, Bools, Index, Kernel, Touches, Words
+from mmu.shadow import EXEC, USER, Settled, ShadowMMU, Walk
+from mmu.shadow import WRITE as MAY_WRITE
+from mmu.slots import GuestMemory, Slot
 
 OPS = ("R", "W", "RMW", "X", "INVLPG", "CR3", "CR0")
 """What an access does: read, write, locked increment, fetch; and the three that only paged guests order by."""
 READ, WRITE, INCREMENT, FETCH, INVLPG, CR3, CR0 = np.arange(7, dtype=np.uint8)
 
-CR0_PG, CR0_WP, CR4_PSE, CR4_PAE, CR4_SMEP, CR4_SMAP = 1 << 31, 1 << 16, 1 << 4, 1 << 5, 1 << 20, 1 << 21
+CR0_WP, CR4_SMEP, CR4_SMAP = 1 << 16, 1 << 20, 1 << 21
 EFER_LMA, EFER_NXE = 1 << 10, 1 << 11
 MAXPHYADDR = 40  # of the emulated CPU under the recorded guests
-WINDOW = 1 << 12  # accesses of a paged guest that are walked at once, until the next ordering point
+WINDOW = 1 << 12  # accesses of a paged guest that are walked at once, up to the next ordering point
 
 
 @dataclass
 class VCPU:
-    """One vCPU's paging mode: control registers, and from them the format of its page tables (None: paging is off)."""
+    """One vCPU's control registers, and what follows from them."""
 
     number: int
     cr0: int = 0x33
     cr3: int = 0
     cr4: int = 0
     efer: int = 0
+    maxphyaddr: int = MAXPHYADDR
 
     @property
     def format(self) -> paging.Format | None:
-        """The guest's page-table format."""
-        if not self.cr0 & CR0_PG:
-            return None
-        if self.efer & EFER_LMA:
-            return paging.LONG4
-        if self.cr4 & CR4_PAE:
-            return paging.PAE
-        return paging.LEGACY_PSE if self.cr4 & CR4_PSE else paging.LEGACY
+        """The guest's page-table format; None while paging is off."""
+        return paging.format_of(self.cr0, self.cr4, self.efer)
 
     @property
     def width(self) -> int:
         """Bytes of one access: 8 in long mode, else 4."""
-        return 8 if self.efer & EFER_LMA and self.cr0 & CR0_PG else 4
+        return 8 if self.efer & EFER_LMA and self.format is not None else 4
 
     @property
     def flags(self) -> dict[str, bool]:
@@ -81,9 +75,9 @@ class Stream(NamedTuple):
     value: Words
     user: Bools
 
-    def part(self, start: int, stop: int) -> Stream:
-        """The accesses from ``start`` to before ``stop``."""
-        return Stream(*(column[start:stop] for column in self))
+    def take(self, which: slice | Index) -> Stream:
+        """Only these accesses."""
+        return Stream(*(column[which] for column in self))
 
 
 def stream(op: ArrayLike, gva: ArrayLike, value: ArrayLike = 0, user: ArrayLike = False) -> Stream:
@@ -111,18 +105,6 @@ class Result:
     exits: list[tuple[int, int, bool]] = field(default_factory=list)  # MMIO: access, address, is a write
 
 
-class Walks(NamedTuple):
-    """The guest's own walks: ``gpa`` and ``fault``/``code`` ``# (access,)``; table entries ``# (access, level)``."""
-
-    gpa: Words
-    fault: Bools
-    code: Words
-    entry_gpa: Words
-    used: Bools  # read by the walk
-    before: Words
-    after: Words
-
-
 class Guest:
     """One virtual machine.
 
@@ -135,7 +117,8 @@ class Guest:
         self.memory = GuestMemory()
         self.vcpus: dict[int, VCPU] = {}
         self.direct = DirectMMU(self.memory, self.kernel)
-        self.direct.on_dirty = self._dirtied
+        self.shadow = ShadowMMU(self.memory, self.kernel, self._walk)
+        self.direct.on_dirty = self.shadow.on_dirty = self._dirtied
         self.tables = np.zeros(0, dtype=np.bool)  # (index,) pages that guest page tables lie in
         self._marks: list[tuple[Index, NDArray[np.int16], Index]] = []
         self._device: list[int] = []
@@ -154,31 +137,39 @@ class Guest:
         """Delete a slot: KVM drops every spte of the guest."""
         self.memory.remove(slot)
         self.direct.zap_all()
+        self.shadow.zap_all()
 
     def set_flags(self, slot: Slot, flags: int) -> None:
         """Change a slot's flags; switching the dirty log on write-protects, off lets huge pages come back."""
         was = slot.logged
         self.memory.set_flags(slot, flags)
-        if slot.logged and not was:
+        if slot.logged and not was and not (self.memory.manual and self.memory.initially_set):
             self.direct.log_started(slot)
+            self.shadow.protect(np.arange(slot.first, slot.first + slot.pages, dtype=np.int64))
         elif was and not slot.logged:
             self.direct.log_stopped(slot)
 
     def get_dirty_log(self, slot: Slot) -> Bools:
         """The dirty bitmap ``# (page,)``; without manual protection the dirty pages are write-protected again."""
         bitmap, protect = self.memory.get_dirty_log(slot)
-        self.direct.protect(protect)
+        self._protect(protect)
         return bitmap
 
     def clear_dirty_log(self, slot: Slot, first: int, bits: Bools) -> None:
         """KVM_CLEAR_DIRTY_LOG for pages ``first`` on: the named dirty pages become clean and write-protected."""
-        self.direct.protect_cleared(slot, self.memory.clear_dirty_log(slot, first, bits))
+        found = self.memory.clear_dirty_log(slot, first, bits)
+        self.direct.log_cleared(slot, found)
+        self._protect(found)
 
     def harvest(self, vcpu: int) -> Index:
         """Collect a vCPU's dirty ring and reset it: the pages (indices, in order) are write-protected again."""
         taken = self.memory.ring(vcpu).harvest()
-        self.direct.protect(np.unique(taken))
+        self._protect(np.unique(taken))
         return taken
+
+    def _protect(self, index: Index) -> None:
+        self.direct.protect(index)
+        self.shadow.protect(index)
 
     def unmapped(self, backing: Backing, first: int, count: int) -> None:
         """The host tells KVM that pages of a backing go or change (mmu notifier)."""
@@ -186,6 +177,7 @@ class Guest:
             start, stop = max(first, slot.offset), min(first + count, slot.offset + slot.pages)
             if slot.backing is backing and start < stop:
                 self.direct.zap(slot, start - slot.offset, stop - start)
+                self.shadow.zap(slot, start - slot.offset, stop - start)
 
     # Running ---------------------------------------------------------------------------------------------------------
 
@@ -198,35 +190,37 @@ class Guest:
             np.zeros(0, dtype=FAULT),
         )  # fmt: skip
         self._device = list(device or [])
-        parts: list[NDArray[np.void]] = []
+        parts: list[NDArray[np.void]] = [result.faults]
         start = 0
         while start < count:
             stop, walks = self._segment(cpu, accesses, start, count)
-            stop, again = self._ring_room(cpu, accesses, walks, start, stop)
-            walks = Walks(*(column[: stop - start] for column in walks))
-            part = accesses.part(start, stop)
-            touches = self._touches(part, walks)
-            faults, emulated = self._settle(cpu, touches)
-            faults["access"] += start
-            parts.append(faults)
-            if again and self.memory.ring(vcpu).used >= self.memory.ring(vcpu).limit:
+            stop, may_fill = self._ring_room(cpu, accesses, walks, start, stop)
+            part, walks = accesses.take(slice(start, stop)), walks.take(slice(stop - start))
+            shadowed = cpu.format is not None and not self.kernel.nested_paging
+            settled = self.shadow.settle(cpu, part) if shadowed else self._settle(cpu, part, walks)
+            self._log(cpu)
+            settled.faults["access"] += start
+            parts.append(settled.faults)
+            if may_fill and self.memory.ring(vcpu).used >= self.memory.ring(vcpu).limit:
                 self.harvest(vcpu)  # the vCPU leaves before the access whose fault filled the ring is made
                 continue
-            self._perform(cpu, part, walks, touches, emulated, start, result)
+            if not shadowed:
+                self._mark_tables(cpu, walks)
+            self._transfer(cpu, part, settled, start, result)
             if stop == start + 1:
-                self._order(cpu, int(accesses.op[start]), int(accesses.value[start]), int(accesses.gva[start]))
+                self._order(cpu, int(accesses.op[start]), int(accesses.gva[start]))
             start = stop
-        result.faults = np.concatenate([result.faults, *parts])
+        result.faults = np.concatenate(parts)
         return result
 
-    def _segment(self, cpu: VCPU, accesses: Stream, start: int, count: int) -> tuple[int, Walks]:
+    def _segment(self, cpu: VCPU, accesses: Stream, start: int, count: int) -> tuple[int, Walk]:
         """Walk ahead from ``start``; return the segment's end, and the walks of the accesses in it."""
         if cpu.format is None:
-            part = accesses.part(start, count)
+            part = accesses.take(slice(start, count))
             ordering = np.flatnonzero(part.op >= INVLPG)
             stop = start + max(int(ordering[0]), 1) if ordering.size else count
             return stop, self._walk(cpu, part)
-        part = accesses.part(start, min(start + WINDOW, count))
+        part = accesses.take(slice(start, min(start + WINDOW, count)))
         walks = self._walk(cpu, part)
         _, index = self.memory.locate((walks.gpa >> np.uint64(12)).astype(np.int64))
         self._find_tables(cpu)
@@ -240,12 +234,12 @@ class Guest:
         stop = 1 if ordering[0] else int(first[0]) if first.size else part.gva.size
         return start + stop, walks
 
-    def _ring_room(self, cpu: VCPU, accesses: Stream, walks: Walks, start: int, stop: int) -> tuple[int, bool]:
+    def _ring_room(self, cpu: VCPU, accesses: Stream, walks: Walk, start: int, stop: int) -> tuple[int, bool]:
         """With a dirty ring: end the segment before it could fill; say whether its one access must be made again."""
         if not self.memory.ring_size:
             return stop, False
         ring = self.memory.ring(cpu.number)
-        touches = self._touches(accesses.part(start, stop), walks)
+        touches = self._touches(accesses.take(slice(start, stop)), walks)
         need = np.where(touches.write, np.uint8(2), np.where(touches.fetch, np.uint8(4), np.uint8(1)))
         self.direct.grow()
         denied = self.direct.rights[touches.index] & need == 0
@@ -258,48 +252,45 @@ class Guest:
         last = int(pushes[room - 1])  # may fill the ring
         return (start + last, False) if last else (start + 1, True)
 
-    def _walk(self, cpu: VCPU, part: Stream) -> Walks:
+    def _walk(self, cpu: VCPU, part: Stream) -> Walk:
         """The guest's page walks of a part of the stream, none of them taken yet."""
         count = part.gva.size
         none = np.zeros((count, 0), dtype=np.uint64)
         fmt = cpu.format
         if fmt is None:
-            clean = np.zeros(count, dtype=np.bool)
-            return Walks(part.gva, clean, np.zeros(count, dtype=np.uint64), none, none.astype(np.bool), none, none)
-        entry_gpa = np.zeros((count, fmt.levels), dtype=np.uint64)
-        entries = np.zeros((count, fmt.levels), dtype=np.uint64)
+            clean, zero = np.zeros(count, dtype=np.bool), np.zeros(count, dtype=np.uint64)
+            return Walk(part.gva, clean, zero, none, none.astype(np.bool), none, none, zero.astype(np.int64))
+        shape = (count, fmt.levels)
+        entry_gpa, entries = np.zeros(shape, dtype=np.uint64), np.zeros(shape, dtype=np.uint64)
+        read = np.zeros(shape, dtype=np.bool)
         table = np.full(count, cpu.cr3 & ~(0x1F if fmt is paging.PAE else 0xFFF), dtype=np.uint64)
-        going = part.op < INVLPG
-        read = np.zeros((count, fmt.levels), dtype=np.bool)
-        shift = 12 + sum(fmt.index_bits)
-        for column, bits in enumerate(fmt.index_bits):
-            shift -= bits
-            slot = part.gva >> np.uint64(shift) & np.uint64((1 << bits) - 1)
-            entry_gpa[:, column] = table + slot * np.uint64(fmt.entry_bytes)
+        memory_op = part.op < INVLPG
+        going = memory_op
+        for level in range(fmt.levels, 0, -1):
+            column = fmt.levels - level
+            entry_gpa[:, column] = table + fmt.index(part.gva, level) * np.uint64(fmt.entry_bytes)
             read[:, column] = going
-            entries[:, column] = np.where(going, self.memory.load(entry_gpa[:, column], fmt.entry_bytes), np.uint64(0))
-            entry = entries[:, column]
-            level = fmt.levels - column
+            entry = np.where(going, self.memory.load(entry_gpa[:, column], fmt.entry_bytes), np.uint64(0))
+            entries[:, column] = entry
             leaf = (entry & paging.PS != 0) if level in fmt.large else np.full(count, level == 1, dtype=np.bool)
             going = going & (entry & paging.P != 0) & ~leaf
             table = entry & paging.PFN
         store = (part.op == WRITE) | (part.op == INCREMENT)
         out = paging.access(
-            entries, write=store, fetch=part.op == FETCH, user=part.user, maxphyaddr=MAXPHYADDR, fmt=fmt, **cpu.flags
+            entries, write=store, fetch=part.op == FETCH, user=part.user, maxphyaddr=cpu.maxphyaddr, fmt=fmt,
+            **cpu.flags,
+        )  # fmt: skip
+        found = out.walk
+        size = np.uint64(1) << np.array([0, *(fmt.shift(level) for level in range(1, fmt.levels + 1))], dtype=np.uint64)
+        offset = size[found.level] - np.uint64(1)
+        gpa = (found.leaf & paging.PFN & ~offset) | (part.gva & offset)
+        last = found.level[:, None] <= np.arange(fmt.levels, 0, -1, dtype=np.uint8)  # (access, level)
+        rights = found.executable * EXEC | found.writable * MAY_WRITE | found.user_page * USER
+        return Walk(
+            gpa, out.fault & memory_op, out.code, entry_gpa, read & last, entries, out.entries, rights.astype(np.int64)
         )
-        memory_op = part.op < INVLPG
-        size = np.uint64(1) << (np.uint64(12) + self._span(fmt, out.walk.level))
-        gpa = (out.walk.leaf & paging.PFN & ~(size - np.uint64(1))) | (part.gva & (size - np.uint64(1)))
-        last = out.walk.level[:, None] <= np.arange(fmt.levels, 0, -1, dtype=np.uint8)  # (access, level)
-        return Walks(gpa, out.fault & memory_op, out.code, entry_gpa, read & last, entries, out.entries)
 
-    @staticmethod
-    def _span(fmt: paging.Format, level: NDArray[np.uint8]) -> Words:
-        """Index bits below each level: how much larger than a page a leaf there is."""
-        below = np.concatenate([[0], np.cumsum(fmt.index_bits[::-1])]).astype(np.uint64)
-        return below[np.maximum(level, 1).astype(np.int64) - 1]
-
-    def _touches(self, part: Stream, walks: Walks) -> Touches:
+    def _touches(self, part: Stream, walks: Walk) -> Touches:
         """All touches of guest-physical memory: with nested paging the CPU's walks of guest tables, then the page."""
         count = part.gva.size
         access = np.arange(count, dtype=np.int64)
@@ -325,26 +316,19 @@ class Guest:
             walk=walk,
         )
 
-    def _settle(self, cpu: VCPU, touches: Touches) -> tuple[NDArray[np.void], Bools]:
-        """One segment's faults, and the pages that they dirty."""
-        self._marks.clear()
-        faults, emulated = self.direct.settle(cpu.number, touches)
-        self._log(cpu)
-        return faults, emulated
+    def _settle(self, cpu: VCPU, part: Stream, walks: Walk) -> Settled:
+        """One segment on the direct MMU."""
+        touches = self._touches(part, walks)
+        faults, device = self.direct.settle(cpu.number, touches)
+        emulated = np.zeros(part.gva.shape, dtype=np.bool)
+        emulated[touches.access[device & ~touches.walk]] = True
+        return Settled(faults, walks.gpa, emulated, walks.fault, walks.code)
 
-    def _perform(
-        self, cpu: VCPU, part: Stream, walks: Walks, touches: Touches, emulated: Bools, start: int, result: Result
-    ) -> None:
-        """One segment's effects: A and D bits, then what is read and written."""
-        count = part.gva.size
-        result.fault[start : start + count] = walks.fault
-        result.code[start : start + count] = walks.code
-        if walks.before.size:
-            changed = (walks.after != walks.before) & walks.used
-            if changed.any():
-                self.memory.set_bits(walks.entry_gpa[changed], walks.after[changed], cpu.format.entry_bytes)
-        final = np.flatnonzero(~touches.walk)
-        self._transfer(cpu, part, touches.take(final), emulated[final], start, result)
+    def _mark_tables(self, cpu: VCPU, walks: Walk) -> None:
+        """The CPU's own walks set A and D in the guest's entries."""
+        changed = (walks.after != walks.before) & walks.used
+        if changed.any():
+            self.memory.set_bits(walks.entry_gpa[changed], walks.after[changed], cpu.format.entry_bytes)
 
     def _dirtied(self, order: Index, slot: NDArray[np.int16], index: Index) -> None:
         self._marks.append((order, slot, index))
@@ -357,32 +341,44 @@ class Guest:
             self.memory.mark_dirty(cpu.number, slot[by_order], index[by_order])
             self._marks.clear()
 
-    def _transfer(
-        self, cpu: VCPU, part: Stream, t: Touches, emulated: Bools, start: int, result: Result
-    ) -> None:
+    def _transfer(self, cpu: VCPU, part: Stream, settled: Settled, start: int, result: Result) -> None:
         """Move data: reads return what was last written, devices answer, stores land in memory."""
+        stop = start + part.gva.size
+        result.fault[start:stop], result.code[start:stop] = settled.fault, settled.code
         width = cpu.width
         top = np.uint64((1 << 8 * width) - 1)
-        op, value = part.op[t.access], part.value[t.access] & top
-        for touch in np.flatnonzero(emulated & ((t.slot == HOLE) | t.write)):
-            access = int(t.access[touch])
-            result.exits.append((start + access, int(t.gpa[touch]), bool(t.write[touch])))
-            if not t.write[touch] and self._device:
+        store = (part.op == WRITE) | (part.op == INCREMENT)
+        for access in np.flatnonzero(settled.emulated):
+            result.exits.append((start + int(access), int(settled.gpa[access]), bool(store[access])))
+            if not store[access] and self._device:
                 result.value[start + access] = np.uint64(self._device.pop(0)) & top
-        for position, slot in enumerate(self.memory.slots):
-            mine = np.flatnonzero((t.slot == position) & ~(emulated & t.write) & (op != FETCH))
-            if slot.backing.bytes is None or not mine.size:
+        moves = np.flatnonzero(~settled.fault & ~settled.emulated & (part.op <= INCREMENT))
+        address = settled.gpa[moves].astype(np.int64)
+        slot, _ = self.memory.locate(address >> 12)
+        for position, place in enumerate(self.memory.slots):
+            mine = slot == position
+            if place.backing.bytes is None or not mine.any():
                 continue
-            memory = self.memory.words(slot, width)
-            word = (t.gpa[mine].astype(np.int64) - slot.base * PAGE) // width
-            result.value[start + t.access[mine]] = replay_words(memory, word, op[mine], value[mine]) & top
+            which = moves[mine]
+            word = (address[mine] - place.base * PAGE) // width
+            found = replay_words(self.memory.words(place, width), word, part.op[which], part.value[which] & top)
+            result.value[start + which] = found & top
 
-    def _order(self, cpu: VCPU, op: int, value: int, gva: int) -> None:
-        """The effect of a control-register load on the vCPU."""
+    def _order(self, cpu: VCPU, op: int, gva: int) -> None:
+        """What an ordering access does to the vCPU, and to a shadow MMU."""
         if op == CR3:
             cpu.cr3 = gva
         elif op == CR0:
-            cpu.cr0 = gva
+            before, cpu.cr0 = cpu.cr0, gva
+        if cpu.format is None or self.kernel.nested_paging:
+            return
+        if op == INVLPG:
+            self.shadow.invlpg(cpu, gva)
+        elif op == CR3:
+            self.shadow.load_cr3(cpu)
+        elif op == CR0:
+            self.shadow.load_cr0(cpu, before)
+        self._log(cpu)
 
     def _find_tables(self, cpu: VCPU) -> None:
         """Mark the pages that the vCPU's page tables lie in, in :attr:`tables`."""
