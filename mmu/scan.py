@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 MISSING = (1 << 64) - 1
-"""What a uint64 field holds in lines that did not carry it: all ones, which no rip, gfn, spte or error code is."""
+"""All ones, which no rip, gfn, spte or error code is; a uint64 field holds it in lines that did not carry the field."""
 
 PADDING = 512
 """Bytes of newline that a :class:`Text` needs behind its last line, so that no cursor can leave it."""

@@ -22,7 +22,7 @@ Every array has the fields of :data:`HEAD` and those that :data:`FORMATS` names 
 ``flags`` S8    the column of irqs-off, need-resched, hardirq and preempt-depth; b"": none
 ========= ===== ====================================================================================================
 
-A field that a line did not carry is distinguishable: -1 in signed fields, :data:`MISSING` (all ones) in uint64 fields,
+A field that a line did not carry is distinguishable: -1 in signed fields, ``MISSING`` (all ones) in uint64 fields,
 ``b""`` in texts. ``error_code`` of ``kvm_page_fault`` is raw, as the kernel printed it: the exit qualification on VMX,
 EXITINFO1 on SVM, a page-fault error code under shadow paging (facts 3.2, 4); :mod:`mmu.pfec` tells them apart.
 
@@ -177,6 +177,7 @@ class Trace(Mapping[str, NDArray[Any]]):
         other: lines that are no event of KVM's.
         unreadable: :class:`Unreadable` lines.
         lost: what the kernel said it lost: (line, cpu, events), -1 where it did not say which or how many.
+        complete: False where a gzip stream was damaged or cut off; the last of ``unreadable`` then says so.
     """
 
     def __init__(
@@ -186,10 +187,12 @@ class Trace(Mapping[str, NDArray[Any]]):
         other: int = 0,
         unreadable: list[Unreadable] | None = None,
         lost: NDArray[Any] | None = None,
+        complete: bool = True,
     ) -> None:
         self._events = {name: events[name] for name in sorted(events) if len(events[name])}
         self.lines, self.other = lines, other
         self.unreadable = unreadable or []
+        self.complete = complete
         self.lost = np.zeros(0, dtype=LOST) if lost is None else lost
 
     def __getitem__(self, event: str) -> NDArray[Any]:
@@ -257,6 +260,7 @@ def read(source: Source) -> Trace:
         sum(piece.other for piece in pieces),
         [line for piece in pieces for line in piece.unreadable],
         np.concatenate([np.zeros(0, dtype=LOST)] + [piece.lost for piece in pieces]),
+        all(piece.complete for piece in pieces),
     )
 
 
@@ -285,7 +289,7 @@ def chunks(source: Source, size: int = CHUNK) -> Iterator[Trace]:
         if block is None:
             break
     if damage:
-        yield Trace({}, unreadable=[Unreadable(line, damage)])
+        yield Trace({}, unreadable=[Unreadable(line, damage)], complete=False)
 
 
 def _blocks(source: Source, size: int) -> Iterator[bytes | str]:
@@ -567,7 +571,7 @@ def _parse(text: Text) -> _Parsed:
         for i in failed.tolist():
             line, at = int(lines[i]), int(match.failed_at[i])
             rest = bytes(text.bytes[at : min(at + 24, int(text.ends[line]))]).split(b" ")[0].decode("latin-1")
-            found = repr(rest) if rest else "the end of the line" if at >= text.ends[line] - 1 else "a blank"
+            found = ascii(rest) if rest else "the end of the line" if at >= text.ends[line] - 1 else "a blank"
             column = at - int(text.starts[line]) + 1
             reasons[line] = (
                 f"{event}: expected {form.expectations[match.expected[i]]} at column {column}, found {found}"

@@ -1,13 +1,13 @@
 """mmu.paging: every state of kvm-unit-tests' access test, and a plain-Python walk for what that test leaves out."""
 
-import kut_access as kut
 import numpy as np
-import plain
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmu import paging
+from tests import kut_access as kut
+from tests import plain
 
 COUNTS = {(52, False): 933_888, (52, True): 9_338_880, (37, False): 1_916_928, (37, True): 19_169_280}
 COUNTS |= {(51, False): 1_916_928, (51, True): 19_169_280, (36, False): 2_899_968, (36, True): 28_999_680}

@@ -8,7 +8,7 @@ import pytest
 
 from mmu import paging, scenario
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent / "data" / "kvm-traces"
 SCENARIOS = sorted(DATA.glob("*.json.gz"))
 VCPU = {"t": "vcpu", "vcpu": 0, "gmode": "leg32", "cr0": "0x80010033", "cr3": "0x10000", "cr4": "0x0", "efer": "0x0"}
 

@@ -15,7 +15,7 @@ from mmu import spte
 from mmu.spte import LAYOUTS, STATES
 from mmu.update import l1tf_mask, make_mmio
 
-TRACES = sorted((Path(__file__).parent / "data").glob("*.trace.gz"))
+TRACES = sorted((Path(__file__).parent / "data" / "kvm-traces").glob("*.trace.gz"))
 WORDS = st.integers(0, 2**64 - 1)
 NAMES = st.sampled_from(sorted(LAYOUTS))
 

@@ -14,7 +14,7 @@ from mmu import spte, update
 from mmu.spte import LAYOUTS, STATES, classify
 from mmu.update import ALL, EXEC, FAST, JUDGEMENTS, TRANSITIONS, USER, WRITE
 
-TRACES = sorted((Path(__file__).parent / "data").glob("*.trace.gz"))
+TRACES = sorted((Path(__file__).parent / "data" / "kvm-traces").glob("*.trace.gz"))
 SIX = ["6.1-ept", "6.1-npt", "6.12-ept", "6.12-npt"]
 P, W, U, A, D, PS, HOST, MMU, PRESENT, NX = 1, 2, 4, 32, 64, 128, 1 << 9, 1 << 10, 1 << 11, 1 << 63
 
