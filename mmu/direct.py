@@ -120,12 +120,17 @@ class DirectMMU:
 
     # Faults ----------------------------------------------------------------------------------------------------------
 
-    def settle(self, vcpu: int, touches: Touches) -> tuple[NDArray[np.void], Bools]:
-        """Let touches happen; return their faults in order, and which touches ended in emulation ``# (touch,)``."""
+    def faults_now(self, touches: Touches) -> Bools:
+        """Which touches the CPU would not let through as things stand ``# (touch,)``."""
         self.grow()
         need = np.where(touches.write, CAN_WRITE, np.where(touches.fetch, CAN_FETCH, CAN_READ))
+        return self.rights.take(touches.index) & need == 0
+
+    def settle(self, vcpu: int, touches: Touches) -> tuple[NDArray[np.void], Bools]:
+        """Let touches happen; return their faults in order, and which touches ended in emulation ``# (touch,)``."""
+        need = np.where(touches.write, CAN_WRITE, np.where(touches.fetch, CAN_FETCH, CAN_READ))
         emulated = np.zeros(touches.index.shape, dtype=np.bool)
-        waiting = np.flatnonzero(self.rights.take(touches.index) & need == 0)
+        waiting = np.flatnonzero(self.faults_now(touches))
         records: list[NDArray[np.void]] = []
         while waiting.size:
             now = self._independent(touches.take(waiting), waiting)

@@ -134,7 +134,8 @@ class ShadowMMU:
 
     Attributes:
         sptes: ``# (page, 512)``; ``child`` the shadow page that an upper entry points to, -1 for a leaf;
-            ``gfn`` and ``index`` what a leaf maps, -1 for nothing; ``mmio`` the generation of an MMIO spte, -1 for none.
+            ``gfn`` and ``index`` what a leaf maps, -1 for nothing; ``mmio`` the generation of an MMIO spte, or -1;
+            ``access`` the rights that a leaf was made with.
         tracked: how many upper-level shadow pages there are for each page ``# (index,)``: their gfns stay protected.
     """
 
@@ -149,7 +150,7 @@ class ShadowMMU:
         self.pages: list[Page] = []
         self.sptes = np.zeros((0, ENTRIES), dtype=np.uint64)
         self.child = np.zeros((0, ENTRIES), dtype=np.int64)
-        self.gfn, self.index, self.mmio = (np.zeros((0, ENTRIES), dtype=np.int64) for _ in range(3))
+        self.gfn, self.index, self.mmio, self.access = (np.zeros((0, ENTRIES), dtype=np.int64) for _ in range(4))
         self.tracked = np.zeros(0, dtype=np.int64)
         self.roots: dict[int, Roots] = {}
         self._of_gfn: dict[int, list[int]] = {}
@@ -162,7 +163,7 @@ class ShadowMMU:
         self.pages.append(page)
         if number == len(self.sptes):
             more = max(8, number)
-            for name, empty in (("sptes", 0), ("child", -1), ("gfn", -1), ("index", -1), ("mmio", -1)):
+            for name, empty in (("sptes", 0), ("child", -1), ("gfn", -1), ("index", -1), ("mmio", -1), ("access", 0)):
                 old = getattr(self, name)
                 setattr(self, name, np.concatenate([old, np.full((more, ENTRIES), empty, dtype=old.dtype)]))
         self._of_gfn.setdefault(page.gfn, []).insert(0, number)
@@ -372,6 +373,8 @@ class ShadowMMU:
         renew = same & special
         self.mmio[number, entry[renew]] = self.memory.generation
         keep = same & ~special
+        if self.kernel.release == "6.12":  # since 6.3 an spte whose rights stay the same is left alone
+            keep &= access != self.access[number, entry]
         entry, gfn, access = entry[keep], gfn[keep], access[keep]
         old = self.sptes[number, entry]
         new = make_spte(
@@ -379,7 +382,7 @@ class ShadowMMU:
             host_writable=old & self.bits.host_w != 0, shadowed=self._shadowed(gfn, sync_only=False),
             layout=self.kernel.layout,
         )  # fmt: skip
-        self.sptes[number, entry] = new
+        self.sptes[number, entry], self.access[number, entry] = new, access
         written = new & self.bits.w != 0
         slot, index = self.memory.locate(gfn[written])
         self.on_dirty(np.full(index.shape, -1, dtype=np.int64), slot, index)
@@ -463,15 +466,10 @@ class ShadowMMU:
             np.zeros(0, dtype=FAULT), np.zeros(count, dtype=np.uint64), np.zeros(count, dtype=np.bool),
             np.zeros(count, dtype=np.bool), np.zeros(count, dtype=np.uint64),
         )  # fmt: skip
-        write, fetch = (part.op == 1) | (part.op == 2), part.op == 3
-        need = np.where(write, CAN_WRITE, np.where(fetch, CAN_FETCH, CAN_READ))
         waiting = np.flatnonzero(part.op <= 3)
         records = [out.faults]
         while waiting.size:
-            page, entry = self._find(self._root(cpu).pages, part.gva[waiting])
-            word = np.where(page >= 0, self.sptes[page, entry], np.uint64(0))
-            allowed = self.bits.rights(word) & need[waiting] != 0
-            allowed &= ~part.user[waiting] | (word & self.bits.user != 0)
+            page, entry, word, allowed = self._look(cpu, part.take(waiting))
             known = (page >= 0) & (self.mmio[page, entry] == self.memory.generation)
             unit = np.where(page >= 0, page * (ENTRIES // PREFETCH) + entry // PREFETCH, np.int64(-1))
             lead, now = independent(unit, allowed, known, self._scratch())
@@ -487,6 +485,19 @@ class ShadowMMU:
             waiting = waiting[~done & ~finished]
         faults = np.concatenate(records)
         return out._replace(faults=faults[np.argsort(faults["order"], kind="stable")])
+
+    def faults_now(self, cpu: Any, part: Any) -> Bools:
+        """Which accesses the CPU would not let through as things stand ``# (access,)``."""
+        return (part.op <= 3) & ~self._look(cpu, part)[3]
+
+    def _look(self, cpu: Any, part: Any) -> tuple[Index, Index, Words, Bools]:
+        """The CPU's walk of the shadow pages: last-level page, entry, spte, and whether it allows the access."""
+        page, entry = self._find(self._root(cpu).pages, part.gva)
+        word = np.where(page >= 0, self.sptes[page, entry], np.uint64(0))
+        write, fetch = (part.op == 1) | (part.op == 2), part.op == 3
+        need = np.where(write, CAN_WRITE, np.where(fetch, CAN_FETCH, CAN_READ))
+        allowed = (self.bits.rights(word) & need != 0) & (~part.user | (word & self.bits.user != 0))
+        return page, entry, word, allowed
 
     def _scratch(self) -> Index:
         units = self.sptes.size // PREFETCH + 1  # the last one is for addresses whose shadow page is missing
@@ -619,7 +630,7 @@ class ShadowMMU:
             pfn, access=rights[mapped], host_writable=host, shadowed=barred, layout=self.kernel.layout,
             old=self._shown(page[mapped], entry[mapped], old, gfn[mapped]),
         )  # fmt: skip
-        self._put(page[mapped], entry[mapped], new, gfn[mapped], index[mapped])
+        self._put(page[mapped], entry[mapped], new, gfn[mapped], index[mapped], rights[mapped])
         same = new == old
         record["path"][at[mapped[same]]], record["ret"][at[mapped[same]]] = SPURIOUS, RET_SPURIOUS
         dirtied = new & bits.w != 0
@@ -657,9 +668,10 @@ class ShadowMMU:
             slot, index = self.memory.locate((where >> np.uint64(12)).astype(np.int64))
             self.on_dirty(which[np.nonzero(changed)[0]], slot, index)
 
-    def _put(self, page: Index, entry: Index, word: Words, gfn: Index, index: Index) -> None:
+    def _put(self, page: Index, entry: Index, word: Words, gfn: Index, index: Index, access: Index) -> None:
         self.sptes[page, entry] = word
         self.gfn[page, entry], self.index[page, entry], self.mmio[page, entry] = gfn, index, -1
+        self.access[page, entry] = access
 
     def _build(self, cpu: Any, gva: int, walk: Walk) -> int:
         """Make the shadow pages that are missing on the way to one address; return the last-level one."""
@@ -711,7 +723,7 @@ class ShadowMMU:
         new = make_spte(
             memory.frames(slot, index), access=access, shadowed=barred, prefetch=True, layout=self.kernel.layout
         )
-        self._put(page[good], entry[good], new[good], gfn[good], index[good])
+        self._put(page[good], entry[good], new[good], gfn[good], index[good], access[good])
         dirtied = good & (new & self.bits.w != 0)
         self.on_dirty(np.full(int(dirtied.sum()), -1, dtype=np.int64), slot[dirtied], index[dirtied])
         return good

@@ -103,6 +103,7 @@ class Result:
     code: Words  # its error code
     faults: NDArray[np.void]  # of dtype FAULT
     exits: list[tuple[int, int, bool]] = field(default_factory=list)  # MMIO: access, address, is a write
+    reinjected: list[tuple[int, int]] = field(default_factory=list)  # access, code of a #PF whose delivery faulted
 
 
 class Guest:
@@ -119,6 +120,8 @@ class Guest:
         self.direct = DirectMMU(self.memory, self.kernel)
         self.shadow = ShadowMMU(self.memory, self.kernel, self._walk)
         self.direct.on_dirty = self.shadow.on_dirty = self._dirtied
+        self.full_rings: list[Index] = []  # what was harvested at full rings within runs
+        self.delivery: tuple[tuple[int, bool], ...] = ()  # (gva, is a write): what delivering a #PF touches
         self.tables = np.zeros(0, dtype=np.bool)  # (index,) pages that guest page tables lie in
         self._marks: list[tuple[Index, NDArray[np.int16], Index]] = []
         self._device: list[int] = []
@@ -194,18 +197,18 @@ class Guest:
         start = 0
         while start < count:
             stop, walks = self._segment(cpu, accesses, start, count)
-            stop, may_fill = self._ring_room(cpu, accesses, walks, start, stop)
+            stop = self._ring_room(cpu, accesses, walks, start, stop)
             part, walks = accesses.take(slice(start, stop)), walks.take(slice(stop - start))
-            shadowed = cpu.format is not None and not self.kernel.nested_paging
-            settled = self.shadow.settle(cpu, part) if shadowed else self._settle(cpu, part, walks)
+            settled = self.shadow.settle(cpu, part) if self._shadowed(cpu) else self._settle(cpu, part, walks)
             self._log(cpu)
             settled.faults["access"] += start
             parts.append(settled.faults)
-            if may_fill and self.memory.ring(vcpu).used >= self.memory.ring(vcpu).limit:
-                self.harvest(vcpu)  # the vCPU leaves before the access whose fault filled the ring is made
+            if self.memory.ring_size and self.memory.ring(vcpu).used >= self.memory.ring(vcpu).limit:
+                self.full_rings.append(self.harvest(vcpu))  # the vCPU leaves before the access that filled it is made
                 continue
-            if not shadowed:
+            if not self._shadowed(cpu):
                 self._mark_tables(cpu, walks)
+            self._deliver(cpu, settled, start, parts, result)
             self._transfer(cpu, part, settled, start, result)
             if stop == start + 1:
                 self._order(cpu, int(accesses.op[start]), int(accesses.gva[start]))
@@ -234,23 +237,25 @@ class Guest:
         stop = 1 if ordering[0] else int(first[0]) if first.size else part.gva.size
         return start + stop, walks
 
-    def _ring_room(self, cpu: VCPU, accesses: Stream, walks: Walk, start: int, stop: int) -> tuple[int, bool]:
-        """With a dirty ring: end the segment before it could fill; say whether its one access must be made again."""
+    def _ring_room(self, cpu: VCPU, accesses: Stream, walks: Walk, start: int, stop: int) -> int:
+        """With a dirty ring: end the segment before it could fill, or let one access alone fill it."""
         if not self.memory.ring_size:
-            return stop, False
-        ring = self.memory.ring(cpu.number)
-        touches = self._touches(accesses.take(slice(start, stop)), walks)
-        need = np.where(touches.write, np.uint8(2), np.where(touches.fetch, np.uint8(4), np.uint8(1)))
-        self.direct.grow()
-        denied = self.direct.rights[touches.index] & need == 0
-        logged = self.memory.property_of(touches.slot, "logged").astype(np.bool)
-        _, first = np.unique(np.where(denied & logged, touches.index, np.int64(-1)), return_index=True)
-        pushes = np.sort(touches.access[first[(denied & logged)[first]]])  # accesses that may push, in order
-        room = ring.limit - ring.used
-        if pushes.size < room:
-            return stop, False
-        last = int(pushes[room - 1])  # may fill the ring
-        return (start + last, False) if last else (start + 1, True)
+            return stop
+        ring, part = self.memory.ring(cpu.number), accesses.take(slice(start, stop))
+        if self._shadowed(cpu):
+            pushes = self.shadow.faults_now(cpu, part) * (
+                1 + walks.entry_gpa.shape[1]
+            )  # the page, and A and D in tables
+        else:
+            touches = self._touches(part, walks)
+            denied = self.direct.faults_now(touches) & self.memory.property_of(touches.slot, "logged").astype(np.bool)
+            _, first = np.unique(np.where(denied, touches.index, np.int64(-1)), return_index=True)
+            pushes = np.bincount(touches.access[first[denied[first]]], minlength=part.gva.size)
+        safe = int(np.searchsorted(np.cumsum(pushes), ring.limit - ring.used))  # accesses that cannot fill the ring
+        return start + max(safe, 1) if safe < part.gva.size else stop
+
+    def _shadowed(self, cpu: VCPU) -> bool:
+        return cpu.format is not None and not self.kernel.nested_paging
 
     def _walk(self, cpu: VCPU, part: Stream) -> Walk:
         """The guest's page walks of a part of the stream, none of them taken yet."""
@@ -329,6 +334,23 @@ class Guest:
         changed = (walks.after != walks.before) & walks.used
         if changed.any():
             self.memory.set_bits(walks.entry_gpa[changed], walks.after[changed], cpu.format.entry_bytes)
+
+    def _deliver(self, cpu: VCPU, settled: Settled, start: int, parts: list[NDArray[np.void]], result: Result) -> None:
+        """The CPU delivers a #PF through memory of its own, which may fault in turn: the #PF is then injected again.
+
+        Only the first #PF of a segment can meet missing pages there.
+        """
+        if not (self.delivery and settled.fault.any()):
+            return
+        access = int(np.flatnonzero(settled.fault)[0])
+        gva, write = zip(*self.delivery, strict=True)
+        path = stream(np.where(write, WRITE, READ), np.array(gva, dtype=np.uint64))
+        more = self.shadow.settle(cpu, path) if self._shadowed(cpu) else self._settle(cpu, path, self._walk(cpu, path))
+        self._log(cpu)
+        result.reinjected += [(start + access, int(settled.code[access]))] * len(more.faults)
+        more.faults["access"] = start + access
+        before = np.searchsorted(parts[-1]["access"], start + access, side="right")
+        parts[-1] = np.concatenate([parts[-1][:before], more.faults, parts[-1][before:]])
 
     def _dirtied(self, order: Index, slot: NDArray[np.int16], index: Index) -> None:
         self._marks.append((order, slot, index))
