@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from typing import Any
 
@@ -146,7 +147,14 @@ def main(arguments: list[str] | None = None) -> int:
     for command in (one, two):
         command.add_argument("--json", action="store_true", help="print exactly one JSON object")
     options = parser.parse_args(arguments)
-    return options.run(options)
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        print(f"{options.command}: stopped before it was done", file=sys.stderr)
+        return STOPPED
+    except BrokenPipeError:  # whoever read the output has seen enough
+        sys.stdout = open(os.devnull, "w")  # what is still buffered has nowhere to go
+        return DONE
 
 
 if __name__ == "__main__":
