@@ -13,11 +13,10 @@ import sys
 from typing import Any
 
 from mmu import check as checking
-from mmu import pfec
+from mmu import pfec, report, spte
 from mmu.bits import as_words
 
 DONE, DISAGREE, UNUSABLE, STOPPED = 0, 1, 2, 3
-DEFAULT_LAYOUT = "6.1-npt"
 
 
 def _emit(value: dict[str, Any]) -> None:
@@ -27,7 +26,7 @@ def _emit(value: dict[str, Any]) -> None:
 def _decode_code(code: int) -> dict[str, Any]:
     verdicts = {rule: pfec.verdict(code, rule) for rule in pfec.SOURCES}
     return {
-        "fields": {name: value for name, value in pfec.PFEC.unpack(code).items() if value},
+        "fields": pfec.PFEC.unpack(code),
         "state": "impossible" if pfec.impossible(code) else pfec.PFEC.text(code),
         "verdict": {rule: verdict.verdict for rule, verdict in verdicts.items()},
         "reason": {rule: f"{verdict.reason} ({pfec.SOURCES[rule]})" for rule, verdict in verdicts.items()},
@@ -36,21 +35,26 @@ def _decode_code(code: int) -> dict[str, Any]:
 
 
 def _decode_ept(qualification: int) -> dict[str, Any]:
-    fields = {name: value for name, value in pfec.EPT_QUALIFICATION.unpack(qualification).items() if value}
     code = pfec.from_ept(qualification)
     decoded = _decode_code(code)
     text = f"{pfec.EPT_QUALIFICATION.text(qualification)}; Linux 6.1 makes of it {pfec.PFEC.text(code)} ({code:#x})"
+    fields = pfec.EPT_QUALIFICATION.unpack(qualification)
     return {**decoded, "fields": fields, "pfec": f"{code:#x}", "text": f"{text}: {decoded['text']}"}
 
 
-DECODERS = {"pfec": _decode_code, "ept": _decode_ept, "npf": lambda word: _decode_code(pfec.from_npt(word))}
+DECODERS = {
+    "pfec": lambda word, layout: _decode_code(word),
+    "ept": lambda word, layout: _decode_ept(word),
+    "npf": lambda word, layout: _decode_code(pfec.from_npt(word)),
+    "spte": spte.decode_report,
+}
 
 
 def decode(options: argparse.Namespace) -> int:
     """Decode one word."""
     try:
         value = pfec.PFEC.parse(options.value) if options.kind == "pfec" else _hexadecimal(options.value)
-        decoded = DECODERS[options.kind](value)
+        decoded = DECODERS[options.kind](value, options.layout)
     except ValueError as error:
         print(f"decode: {error}", file=sys.stderr)
         return UNUSABLE
@@ -58,11 +62,15 @@ def decode(options: argparse.Namespace) -> int:
     if options.json:
         _emit(record)
         return DONE
-    print(f"{options.kind} {value:#x} = {pfec.PFEC.text(int(value)) if options.kind != 'ept' else ''}".rstrip(" ="))
+    print(f"{options.kind} {value:#x}")
     print(f"  layout   {options.layout}")
+    print(f"  state    {record['state']}")
     print(f"  text     {record['text']}")
+    if isinstance(record["verdict"], str):  # an spte has one verdict, an error code one a rule
+        print(f"  verdict  {record['verdict']}: {record['reason']}")
+        return DONE
     for rule, verdict in record["verdict"].items():
-        print(f"  {verdict:<10} {rule}: {record['reason'][rule]}")
+        print(f"  verdict  {verdict} by {rule}: {record['reason'][rule]}")
     return DONE
 
 
@@ -109,6 +117,9 @@ def _print_checked(checked: checking.Checked) -> None:
         print(f"  line {line['line']} unreadable: {line['reason']}")
 
 
+_LAYOUT_HELP = f"one of {', '.join(spte.LAYOUTS)}; default {spte.DEFAULT}"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; the return value is the exit code."""
     parser = argparse.ArgumentParser(prog="python -m mmu", description=__doc__.split("\n\n")[0])
@@ -117,13 +128,14 @@ def main(arguments: list[str] | None = None) -> int:
     one = commands.add_parser("decode", help="say what the bits of one word mean")
     one.add_argument("kind", choices=sorted(DECODERS))
     one.add_argument("value", help="hexadecimal, 0x optional; pfec also takes P|W|U")
-    one.add_argument("--layout", default=DEFAULT_LAYOUT, help=f"default {DEFAULT_LAYOUT}")
+    one.add_argument("--layout", choices=list(spte.LAYOUTS), default=spte.DEFAULT, metavar="NAME", help=_LAYOUT_HELP)
     one.set_defaults(run=decode)
 
     two = commands.add_parser("check", help="compare recorded answers with the package's own")
     two.add_argument("files", nargs="+", metavar="FILE", help="plain or gzipped; - is standard input")
     two.set_defaults(run=check)
 
+    report.add_parser(commands)
     for command in (one, two):
         command.add_argument("--json", action="store_true", help="print exactly one JSON object")
     options = parser.parse_args(arguments)

@@ -81,7 +81,7 @@ def _error_codes(path: str, text: str, **_: Any) -> Checked:
 KINDS: dict[str, tuple[Callable[[str], bool], Callable[..., Checked]]] = {
     "error-codes": (codetable.is_table, _error_codes),
 }
-"""Per kind: whether a text's beginning is of that kind, and the comparison."""
+"""Whether a text's beginning is of a kind, and how that kind is compared, by the kind's name."""
 
 
 def check(path: str, **options: Any) -> Checked:

@@ -63,7 +63,7 @@ class TableCheck:
 
     @property
     def agree(self) -> NDArray[np.bool]:
-        """Which rows agree: fault or none, error code, and the entry after the access."""
+        """Which rows agree, in fault or none, error code, and the entry after the access."""
         same_code = (self.fault == self.recorded_fault) & (self.code == self.recorded_code)
         return same_code & (self.after == self.recorded_after)
 

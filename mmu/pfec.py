@@ -313,7 +313,7 @@ def describe(code: int) -> str:
     Chapter 2.
 
     >>> describe(0x7)
-    'a write from user mode to a page whose every level was present: permission was refused'
+    'a write from user mode was refused by a present entry'
     >>> describe(0x200000006)
     'a write met a missing entry, while the guest’s own page tables were walked'
     """
@@ -327,7 +327,7 @@ def describe(code: int) -> str:
     elif bit["PK"]:
         sentence += " was refused by a protection key"
     elif bit["P"]:
-        sentence += " to a page whose every level was present: permission was refused"
+        sentence += " was refused by a present entry"
     else:
         sentence += " met a missing entry"
     if bit["GUEST_PAGE"]:

@@ -43,7 +43,9 @@ def test_pictures_carry_the_text_that_their_cell_computed(chapter):
 def test_no_cell_escapes_its_comparison(chapter):
     """No cell is exempt from being run and compared, but for a stated reason in its own metadata."""
     for cell in json.loads(chapter.read_text())["cells"]:
-        exempt = [tag for tag in cell["metadata"].get("tags", []) if tag.startswith("nbval") or tag == "raises-exception"]
+        exempt = [
+            tag for tag in cell["metadata"].get("tags", []) if tag.startswith("nbval") or tag == "raises-exception"
+        ]
         assert not exempt or cell["metadata"].get("reason"), exempt
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mmu import exercise, pfec
+from mmu.exercise import codes
 
 TABLE = gzip.decompress((Path(__file__).parents[1] / "book/data/page-fault-error-codes.csv.gz").read_bytes()).decode()
 
@@ -28,7 +29,7 @@ def fault(p, w, u, nx, rsvd, write, fetch, user, wp, nxe, smep, smap, ac):
 
 def test_the_dozen_lines_reproduce_the_recording():
     """The chapter's dozen lines give the recorded code, or none, in all 7,680 rows."""
-    result = exercise.recorded_faults(TABLE)(fault)
+    result = codes.recorded_faults(TABLE)(fault)
     assert result.right
     assert repr(result) == "Right: all 7,680 recorded accesses agree."
 
@@ -49,7 +50,7 @@ def test_the_dozen_lines_reproduce_the_recording():
 )
 def test_changing_any_line_breaks_it(old, new):
     """Each listed change of one line is refused with a counterexample."""
-    result = exercise.recorded_faults(TABLE)(exercise.altered(fault, old, new))
+    result = codes.recorded_faults(TABLE)(exercise.altered(fault, old, new))
     assert not result.right
     assert "The first is a " in repr(result)
 
@@ -58,22 +59,26 @@ def test_changing_any_line_breaks_it(old, new):
     ("check", "right", "wrong"),
     [
         (
-            exercise.impossible_codes(),
+            codes.impossible_codes(),
             lambda code: bool((code & 8 and not code & 1) or (code & 2 and code & 16)),
-            [lambda code: bool(code & 2 and code & 16), lambda code: bool(code & 8 and not code & 1), lambda code: False],
+            [
+                lambda code: bool(code & 2 and code & 16),
+                lambda code: bool(code & 8 and not code & 1),
+                lambda code: False,
+            ],
         ),
         (
-            exercise.code_rule(pfec.SERIES_2012),
+            codes.code_rule(pfec.SERIES_2012),
             lambda code: bool(code & 1) and not code & 8,
             [lambda code: bool(code & 1), lambda code: code & 3 == 3 and not code & 8],
         ),
         (
-            exercise.code_rule(pfec.LINUX_61_NO_AD),
+            codes.code_rule(pfec.LINUX_61_NO_AD),
             lambda code: not code & 8 and (not code & 1 or bool(code & 2)),
             [lambda code: not code & 8, lambda code: not code & 1],
         ),
         (
-            exercise.qualifications(),
+            codes.qualifications(),
             lambda qualification: pfec.from_ept(qualification),
             [
                 lambda qualification: pfec.from_ept(qualification) & ~1 | (qualification >> 3 & 1),
@@ -94,16 +99,16 @@ def test_chapter_2(check, right, wrong):
 
 def test_an_answer_that_raises_is_shown_what_it_raised():
     """An answer that raises is refused with the error's own words, not with a traceback."""
-    result = exercise.impossible_codes()(lambda code: 1 // 0)
+    result = codes.impossible_codes()(lambda code: 1 // 0)
     assert not result.right
     assert "ZeroDivisionError" in repr(result)
 
 
 def test_counting():
     """A count that is off is told in which direction, and where the first ones are."""
-    odd = exercise.count("odd numbers", np.array([False, True, False, True], dtype=np.bool_))
+    odd = exercise.count("numbers", np.array([False, True, False, True], dtype=np.bool_))
     assert odd(2).right
-    assert "too many" in repr(odd(3)) and "number 1 (from 0)" in repr(odd(3))
+    assert "too many" in repr(odd(3)) and "at place 1 (counting from 0), the next at 3" in repr(odd(3))
     assert "there are none" in repr(exercise.count("ghosts", np.zeros(3, dtype=np.bool_))(1))
 
 

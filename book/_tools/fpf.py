@@ -1,4 +1,4 @@
-"""The book's Sphinx extension: puts the players' script and style sheet beside the pages."""
+"""The book's Sphinx extension: the players' script and style sheet beside the pages, and citations that read well."""
 
 from pathlib import Path
 
@@ -15,7 +15,13 @@ def _players(app):
     app.add_css_file("players.css")
 
 
+def _citations(app, page, template, context, doctree):
+    # docutils gives list items a role that a list may not hold; screen readers then announce an empty list
+    context["body"] = context.get("body", "").replace('role="doc-biblioentry"', 'role="listitem"')
+
+
 def setup(app):
     """Register the extension."""
     app.connect("builder-inited", _players)
+    app.connect("html-page-context", _citations)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -12,7 +12,13 @@ from playwright.sync_api import Page, sync_playwright
 ROOT = Path(__file__).parents[2]
 SITE = ROOT / "_build/html"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--no-first-run"]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--no-first-run",
+]
 WHY_SKIPPED = "no Chromium on this machine; on Debian: apt-get install chromium"
 
 
@@ -72,7 +78,8 @@ class Visit:
         for number in range(players.count()):
             players.nth(number).scroll_into_view_if_needed()
             self.page.wait_for_function(
-                "n => ['yes', 'failed'].includes(document.querySelectorAll('.mmu-player')[n].dataset.mounted)", arg=number
+                "n => ['yes', 'failed'].includes(document.querySelectorAll('.mmu-player')[n].dataset.mounted)",
+                arg=number,
             )
 
 

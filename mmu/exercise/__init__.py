@@ -6,7 +6,6 @@ answer is never told that it is wrong without the smallest thing that shows it: 
 
 from __future__ import annotations
 
-import csv
 import inspect
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
@@ -15,8 +14,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from mmu import pfec
 
 
 @dataclass(frozen=True)
@@ -97,89 +94,26 @@ def altered(function: Callable[..., Any], old: str, new: str) -> Callable[..., A
     return names[function.__name__]
 
 
-# Chapter 2 ------------------------------------------------------------------------------------------------------------
-
-
-def code_rule(rule: str) -> Exercise:
-    """Chapter 2: which codes may try the fast path under ``rule``; the answer takes ``code``, gives a bool."""
-    return Exercise(
-        "error codes",
-        [
-            Case({"code": code}, pfec.can_be_fast(code, rule), f"{code:#04x} ({pfec.PFEC.text(code)})", because)
-            for code in range(32)
-            if not pfec.impossible(code)
-            for because in [pfec.verdict(code, rule).reason]
-        ],
-    )
-
-
-def impossible_codes() -> Exercise:
-    """Chapter 2: which of the 32 codes cannot occur; the answer takes ``code``, gives a bool."""
-    return Exercise(
-        "error codes",
-        [
-            Case({"code": code}, pfec.impossible(code), f"{code:#04x} ({pfec.PFEC.text(code)})", because)
-            for code in range(32)
-            for because in [pfec.verdict(code).reason]
-        ],
-    )
-
-
-def qualifications() -> Exercise:
-    """Chapter 2: what KVM makes of each exit qualification that EPT can give; the answer takes and gives an int."""
-    rights, access = np.meshgrid(np.arange(8, dtype=np.int64), np.array([1, 2, 4], dtype=np.int64), indexing="ij")
-    final = pfec.ept_violation(rights, access).ravel()
-    walks = [pfec.ept_walk_violation(np.arange(8, dtype=np.int64), ept_ad=ad, update=True) for ad in (False, True)]
-    seen = np.unique(np.concatenate([final, *walks]))
-    return Exercise(
-        "exit qualifications",
-        [
-            Case({"qualification": q}, pfec.from_ept(q), f"{q:#x} ({pfec.EPT_QUALIFICATION.text(q)})")
-            for q in seen[seen > 0].tolist()
-        ],
-        show=lambda code: f"{pfec.PFEC.text(code)} ({code:#x})" if isinstance(code, int) else repr(code),
-    )
-
-
-ROW_FLAGS = ("p", "w", "u", "nx", "rsvd", "wp", "nxe", "smep", "smap", "ac")
-
-
-def recorded_faults(table: str) -> Exercise:
-    """Chapter 2: the error code of each recorded access, or None where it passed; ``table`` is the table's CSV text.
-
-    The answer takes the entry's ``p w u nx rsvd``, the access's ``write fetch user`` and the CPU's
-    ``wp nxe smep smap ac``, all bools.
-    """
-    rows = list(csv.DictReader(line for line in table.splitlines() if not line.startswith("#")))
-    rows.sort(key=lambda row: sum(row[name] == "1" for name in ROW_FLAGS))  # the plainest counterexample first
-    access = {"R": "read", "W": "write", "X": "fetch"}
-    cases = []
-    for row in rows:
-        flags = {name: row[name] == "1" for name in ROW_FLAGS}
-        flags |= {"write": row["access"] == "W", "fetch": row["access"] == "X", "user": row["mode"] == "U"}
-        mode = "user" if flags["user"] else "supervisor"
-        on = " ".join(name.upper() for name in ROW_FLAGS if flags[name]) or "nothing"
-        said = f"a {mode} {access[row['access']]} with {on} set"
-        cases.append(Case(flags, None if row["err"] == "-" else int(row["err"], 16), said))
-    return Exercise("recorded accesses", cases, show=lambda code: "no fault" if code is None else f"{code:#x}")
-
-
 def count(what: str, counts: NDArray[np.bool]) -> Callable[[int], Result]:
     """An exercise whose answer is a number: how many entries of ``counts`` ``# (item,)`` are True.
 
-    >>> count("odd numbers", np.arange(5) % 2 == 1)(1)
-    Not yet: 1 is too few odd numbers of 5; number 1 (from 0) is one, number 3 is the next.
+    Args:
+        what: what each entry of ``counts`` stands for, in the plural.
+        counts: bool, True for those that the reader has to count.
+
+    >>> count("numbers", np.arange(5) % 2 == 1)(1)
+    Not yet: of 5 numbers, 1 is too few; the first is at place 1 (counting from 0), the next at 3.
     """
     places = np.flatnonzero(counts).tolist()
 
     def answer(guess: int) -> Result:
         if guess == len(places):
-            return Result(True, f"Right: {len(places)} {what} of {len(counts)}.")
+            return Result(True, f"Right: {len(places)} of {len(counts)} {what}.")
         amount = "few" if guess < len(places) else "many"
-        hint = "; there are none"
+        hint = "there are none"
         if places:
-            hint = f"; number {places[0]} (from 0) is one"
-            hint += f", number {places[1]} is the next" if places[1:] else " and the only one"
-        return Result(False, f"Not yet: {guess} is too {amount} {what} of {len(counts)}{hint}.")
+            hint = f"the first is at place {places[0]} (counting from 0), "
+            hint += f"the next at {places[1]}" if places[1:] else "and it is the only one"
+        return Result(False, f"Not yet: of {len(counts)} {what}, {guess} is too {amount}; {hint}.")
 
     return answer

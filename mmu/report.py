@@ -1,0 +1,426 @@
+"""What a kernel trace says: its events, faults by code and vCPU, fast repairs, hottest pages, losses, spte layout.
+
+The one idea: one pass over the pieces of a trace adds up one small :class:`Tally`, which then answers everything, so a
+trace of any size can be reported on. ``python -m mmu report`` prints it; chapters 2 and 13 use :func:`report`.
+
+>>> found = report(b"kvm_page_fault: vcpu 1 rip 0xfff0 address 0x5000 error_code 0x182\\n" * 3)
+>>> found["faults"], found["hottest"], found["layout"]
+({'by_code': {'0x182': 3}, 'by_vcpu': {'1': 3}}, [[5, 3]], None)
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import json
+import sys
+import textwrap
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmu import pfec, trace
+
+LAYOUTS = (
+    *("2012-ept", "2012-shadow", "3.6-ept", "3.6-shadow", "5.10-ept", "5.10-shadow"),
+    *("6.1-ept", "6.1-npt", "6.12-ept", "6.12-npt"),
+)
+"""The spte layouts that have a name; ``-npt`` also serves shadow paging from 5.13 on (facts 3.6, 3.7)."""
+
+HOTTEST = 10
+DONE, UNUSABLE, STOPPED = 0, 2, 3
+
+_EXITS = {  # kvm_exit reasons as the kernel and trace-cmd name them, and whose paging they show
+    b"npf": "npt",
+    b"EXIT_NPF": "npt",
+    b"EPT_VIOLATION": "ept",
+    b"EPT_MISCONFIG": "ept",
+}
+
+
+def _bits(*positions: int) -> np.uint64:
+    return np.uint64(sum(1 << position for position in positions))
+
+
+@dataclass
+class Tally:
+    """What the pieces of a trace add up to; :meth:`add` a piece, then ask."""
+
+    lines: int = 0
+    other: int = 0
+    unreadable: list[trace.Unreadable] = field(default_factory=list)
+    losses: list[tuple[int, int, int]] = field(default_factory=list)  # (line, cpu, events)
+    events: Counter[str] = field(default_factory=Counter)
+    codes: Counter[int] = field(default_factory=Counter)
+    vcpus: Counter[int] = field(default_factory=Counter)
+    pages: Counter[int] = field(default_factory=Counter)  # of the faulting address
+    fast: dict[int, Counter[str]] = field(default_factory=dict)  # by vCPU
+    signs: Counter[str] = field(default_factory=Counter)  # what tells the layout
+    times: tuple[int, int] | None = None  # first and last, ns
+    complete: bool = True
+
+    def add(self, piece: trace.Trace) -> None:
+        """Count one piece."""
+        self.lines += piece.lines
+        self.other += piece.other
+        self.complete &= piece.complete
+        self.unreadable += piece.unreadable
+        self.losses += piece.lost.tolist()
+        self.events.update(piece.counts())
+        faults = piece["kvm_page_fault"]
+        self.codes.update(_count(faults["error_code"], faults["count"]))
+        self.vcpus.update(_count(faults["vcpu"], faults["count"]))
+        self.pages.update(_count(faults["address"] >> np.uint64(12), faults["count"]))
+        self._add_fast(piece["fast_page_fault"])
+        self.signs.update(_signs(piece))
+        for event in piece:
+            stamps = piece[event]["ns"]
+            stamps = stamps[stamps >= 0]
+            if stamps.size:
+                first, last = self.times or (int(stamps[0]), int(stamps[0]))
+                self.times = min(first, int(stamps.min())), max(last, int(stamps.max()))
+
+    def _add_fast(self, events: NDArray[Any]) -> None:
+        # Up to 5.12 "spurious" says that the old spte was writable and "fixed" that the new one is: both can be 1.
+        spurious = events["spurious"] == 1
+        fixed = ~spurious & (events["fixed"] == 1)
+        for outcome, those in (("fixed", fixed), ("not_fixed", ~spurious & ~fixed), ("spurious", spurious)):
+            for vcpu, n in _count(events["vcpu"][those], events["count"][those]).items():
+                self.fast.setdefault(vcpu, Counter())[outcome] += n
+
+
+def _count(values: NDArray[Any], multiplicities: NDArray[np.int64]) -> dict[int, int]:
+    """How often each value occurs, lines counted with their multiplicity."""
+    distinct, which = np.unique(values, return_inverse=True)
+    total = np.zeros(len(distinct), dtype=np.int64)
+    np.add.at(total, which, multiplicities)
+    return dict(zip(distinct.tolist(), total.tolist(), strict=True))
+
+
+def _signs(piece: trace.Trace) -> dict[str, int]:
+    """What the piece shows of the layout of its sptes, counted; :func:`infer_layout` judges.
+
+    Bits as in facts 3.6 and 3.7: HOST and MMU-writable are 10 and 11 up to 5.12; from 5.13 on 9 and 10, under EPT 57
+    and 58, and every present spte has bit 11. From 6.10 on a not-present spte has bit 63 (and a frozen one too).
+    """
+    changed, fast = piece["kvm_tdp_mmu_spte_changed"], piece["fast_page_fault"]
+    moved = np.concatenate([changed["old_spte"], changed["new_spte"]])
+    sptes = np.concatenate([moved, piece["kvm_mmu_set_spte"]["spte"], fast["old"], fast["new"]])
+    codes = piece["kvm_page_fault"]["error_code"]
+    signs = Counter({f"exit {kind}": 0 for kind in ("npt", "ept")})
+    exits = piece["kvm_exit"]
+    for reason, kind in _EXITS.items():
+        signs[f"exit {kind}"] += int(np.count_nonzero(exits["reason"] == reason))
+    nested = codes >> np.uint64(32) != 0
+    qualified = ~nested & (codes & _bits(7) != 0)  # GLA valid; no page-fault error code of these CPUs has bit 7
+    signs["code npt"], signs["code ept"] = int(nested.sum()), int(qualified.sum())
+    signs["code pfec"] = len(codes) - signs["code npt"] - signs["code ept"]
+
+    special = sptes & _bits(52, 53) == _bits(52, 53)  # MMIO up to 5.12
+    for kind, present, mmio in (
+        ("ept", sptes & _bits(0, 1, 2) != 0, sptes & _bits(0, 1, 2) == _bits(1, 2)),
+        ("npt", sptes & _bits(0) != 0, sptes & _bits(0, 51) == _bits(0, 51)),
+    ):
+        ours = sptes[present & ~mmio & ~special]
+        writable = ours & _bits(1) != 0
+        signs[f"{kind} present"] = len(ours)
+        signs[f"{kind} without 11"] = int(np.count_nonzero(ours & _bits(11) == 0))
+        signs[f"{kind} 11 without 10"] = int(np.count_nonzero(ours & _bits(10, 11) == _bits(11)))
+        signs[f"{kind} writable 9, 10, 11"] = int(
+            np.count_nonzero(writable & (ours & _bits(9, 10, 11) == _bits(9, 10, 11)))
+        )
+        signs[f"{kind} writable 10, 11"] = int(
+            np.count_nonzero(writable & (ours & _bits(10, 11) == _bits(10, 11)) & (ours & _bits(57, 58) == 0))
+        )
+        signs[f"{kind} 57, 58"] = int(np.count_nonzero(writable & (ours & _bits(57, 58) == _bits(57, 58))))
+        signs[f"{kind} 63"] = int(np.count_nonzero(ours & _bits(63)))
+    absent = moved & ~_bits(63)
+    absent = moved[(absent == 0) | (absent == np.uint64(0x5A0))]
+    signs["absent with 63"] = int(np.count_nonzero(absent & _bits(63)))
+    signs["absent without 63"] = len(absent) - signs["absent with 63"]
+    signs["wide pferr"] = int(np.count_nonzero(fast["error_code"] >> np.uint64(32)))
+    for event in piece:
+        if event.endswith("_page_fault_ret") and event != "fast_page_fault_ret":
+            for value in (4, 5):
+                signs[f"returned {value}"] += int(np.count_nonzero(piece[event]["ret"] == value))
+    signs["walk"] = len(piece["kvm_mmu_pagetable_walk"])
+    return signs
+
+
+def infer_mmu(signs: Counter[str]) -> str | None:
+    """``"npt"``, ``"ept"`` or ``"shadow"``: how the host translates; None where the trace does not tell."""
+    kinds = {kind for kind in ("npt", "ept") if signs[f"exit {kind}"]}
+    kinds = kinds or {kind for kind in ("npt", "ept") if signs[f"code {kind}"]}
+    if len(kinds) == 1:
+        return kinds.pop()
+    if not kinds and signs["code pfec"]:
+        return "shadow"
+    if not kinds and signs["ept 57, 58"]:
+        return "ept"
+    return None
+
+
+def infer_layout(signs: Counter[str]) -> tuple[str | None, str]:
+    """The layout of a trace's sptes, None where it cannot be told, and why in one sentence."""
+    mmu = infer_mmu(signs)
+    if mmu is None:
+        return None, "neither exits nor error codes tell one kind of paging: none is shown, or several are mixed"
+    view = "ept" if mmu == "ept" else "npt"
+    shown = {"npt": "nested paging (npf exits)", "ept": "EPT violations", "shadow": "shadow paging (no nested faults)"}[
+        mmu
+    ]
+    if not signs[f"{view} present"]:
+        return None, f"{shown}, but no present spte is printed, so the kernel's layout cannot be told"
+    if view == "npt" and signs["npt 57, 58"]:
+        return None, f"{shown}, but sptes carry EPT's bits 57 and 58: lines of several machines are mixed"
+    new = signs[f"{view} 57, 58"] if view == "ept" else signs["npt writable 9, 10, 11"]
+    new = new or signs[f"{view} 11 without 10"]
+    old = signs[f"{view} without 11"] or (0 if new else signs[f"{view} writable 10, 11"])
+    if new and old:
+        return None, f"{shown}, but some present sptes carry bit 11 as from 5.13 on and some do not: kernels are mixed"
+    if old:
+        name = "5.10-ept" if view == "ept" else "5.10-shadow"
+        return name, f"{shown}; bit 11 is not in every present spte: up to 5.12 (3.6 has the same bits here)"
+    if not new:
+        return None, f"{shown}; the few sptes fit 5.10 as well as 6.1"
+    home = "57 and 58" if view == "ept" else "9 and 10"
+    why = f"{shown}; bit 11 in every present spte, host and MMU-writable in {home}: 5.13 or newer"
+    newer = [
+        what
+        for sign, what in (
+            ("absent with 63", "not-present sptes have bit 63"),
+            ("wide pferr", "error codes of fast_page_fault have more than 32 bits"),
+            ("ept 63", "present sptes have bit 63"),
+        )
+        if signs[sign] and (view == "ept" or sign != "ept 63")
+    ]
+    older = ["not-present sptes are 0, removed ones 0x5a0"] if signs["absent without 63"] else []
+    if signs["returned 4"]:  # RET_PF_FIXED is 4 in 6.1 and 5 in 6.12, where 4 never leaves the handler
+        older.append("fault handlers return 4 for a fixed fault")
+    elif signs["returned 5"]:
+        newer.append("fault handlers return 5 and never 4")
+    if newer and older:
+        return None, f"{why}; {newer[0]}, as from 6.10 on, but {older[0]}, as before: kernels are mixed"
+    if newer:
+        return f"6.12-{view}", f"{why}; {newer[0]}: 6.10 or newer"
+    if older:
+        return f"6.1-{view}", f"{why}; {older[0]}: older than 6.10"
+    return f"6.1-{view}", f"{why}; nothing tells 6.1 from 6.12, whose present sptes are alike"
+
+
+def report(source: trace.Source, layout: str | None = None) -> dict[str, Any]:
+    """What one trace says, ready for JSON.
+
+    Args:
+        source: as for :func:`mmu.trace.read`.
+        layout: the name of the spte layout, where it is known; otherwise it is inferred.
+
+    Returns:
+        ``lines``, ``events`` (name to number, multiplicities counted), ``other``, ``unreadable`` (line, reason),
+        ``lost`` (how many events the kernel said it lost; where it did not say how many, at least one), ``losses``
+        (line, cpu, events), ``layout``, ``layout_reason``, ``mmu`` (``npt``, ``ept``, ``shadow`` or None), ``faults``,
+        ``fast``, ``hottest`` (page number, faults; the first ten), ``hottest_of`` (``gfn``; ``gva page`` where the
+        fault address is a guest-virtual one, as under shadow paging), ``first`` and ``last`` (TIMESTAMP of the events
+        in seconds), ``complete``. vCPUs of lines that named none are ``"unknown"``.
+
+    Raises:
+        OSError: the source cannot be read. ValueError: there is no layout of this name.
+    """
+    return _answer(_tally(trace.chunks(source)), _known(layout))
+
+
+def _known(layout: str | None) -> str | None:
+    if layout is not None and layout not in LAYOUTS:
+        raise ValueError(f"there is no spte layout {layout!r}; expected one of {', '.join(LAYOUTS)}")
+    return layout
+
+
+def _tally(pieces: Iterable[trace.Trace]) -> Tally:
+    tally = Tally()
+    for piece in pieces:
+        tally.add(piece)
+    return tally
+
+
+def _answer(tally: Tally, layout: str | None) -> dict[str, Any]:
+    inferred, reason = infer_layout(tally.signs)
+    mmu = infer_mmu(tally.signs)
+    virtual = mmu == "shadow" and tally.signs["walk"]  # a guest without paging is never walked
+    outcomes = ("fixed", "not_fixed", "spurious")
+    return {
+        "lines": tally.lines,
+        "events": dict(sorted(tally.events.items())),
+        "other": tally.other,
+        "unreadable": [line._asdict() for line in tally.unreadable],
+        "lost": sum(events if events > 0 else 1 for _, _, events in tally.losses),
+        "losses": [
+            {"line": line, "cpu": cpu if cpu >= 0 else None, "events": events if events >= 0 else None}
+            for line, cpu, events in tally.losses
+        ],
+        "layout": layout or inferred,
+        "layout_reason": "given" if layout else reason,
+        "mmu": mmu,
+        "faults": {
+            "by_code": {
+                f"{code:#x}": n for code, n in sorted(tally.codes.items(), key=lambda item: (-item[1], item[0]))
+            },
+            "by_vcpu": {_vcpu(vcpu): n for vcpu, n in sorted(tally.vcpus.items())},
+        },
+        "fast": {
+            **{outcome: sum(counts[outcome] for counts in tally.fast.values()) for outcome in outcomes},
+            "by_vcpu": {
+                _vcpu(vcpu): {outcome: counts[outcome] for outcome in outcomes}
+                for vcpu, counts in sorted(tally.fast.items())
+            },
+        },
+        "hottest": [list(item) for item in sorted(tally.pages.items(), key=lambda item: (-item[1], item[0]))[:HOTTEST]],
+        "hottest_of": "gva page" if virtual else "gfn",
+        "first": tally.times[0] / 10**9 if tally.times else None,
+        "last": tally.times[1] / 10**9 if tally.times else None,
+        "complete": tally.complete,
+    }
+
+
+def _vcpu(vcpu: int) -> str:
+    return str(vcpu) if vcpu >= 0 else "unknown"
+
+
+def _code_text(code: str, mmu: str | None) -> str:
+    """A code of kvm_page_fault in words: on VMX it is an exit qualification, else a page-fault error code."""
+    return (pfec.EPT_QUALIFICATION if mmu == "ept" else pfec.PFEC).text(int(code, 16))
+
+
+def text(found: dict[str, Any], path: str) -> str:
+    """One report for people: a screen of text, what was lost first."""
+    lines = [f"{_printable(path)}: {found['lines']:,} lines, {sum(found['events'].values()):,} events"]
+    if not found["complete"]:
+        lines.append("  PARTIAL    everything here is of the part that was read")
+    if found["losses"]:
+        at_least = "at least " if any(loss["events"] is None for loss in found["losses"]) else ""
+        lines.append(f"  LOST       {at_least}{found['lost']:,} events: what a CPU did around a loss is not known")
+        for loss in found["losses"][:5]:
+            where = "before the first event" if loss["cpu"] is None else f"on CPU {loss['cpu']}"
+            n = "an unknown number" if loss["events"] is None else f"{loss['events']:,}"
+            lines.append(f"             line {loss['line']}: {n} {where}")
+        lines += _more(found["losses"], 5, "losses")
+    lines.append(f"  layout     {found['layout'] or 'not known'}: {found['layout_reason']}")
+    if found["first"] is not None:
+        lines.append(f"  time       {found['first']:.6f} to {found['last']:.6f} s")
+    codes = found["faults"]["by_code"]
+    lines.append(f"  faults     {sum(codes.values()):,}{_by_vcpu(found['faults']['by_vcpu'])}")
+    lines += [f"    {n:>9,}  {code:<12} {_code_text(code, found['mmu'])}" for code, n in list(codes.items())[:12]]
+    lines += _more(codes, 12, "codes")
+    fast = found["fast"]
+    if fast["by_vcpu"]:
+        each = {vcpu: sum(counts.values()) for vcpu, counts in fast["by_vcpu"].items()}
+        outcomes = f"{fast['fixed']:,} fixed, {fast['not_fixed']:,} not fixed, {fast['spurious']:,} spurious"
+        lines.append(f"  fast       {outcomes}{_by_vcpu(each)}")
+    if found["hottest"]:
+        hottest = ", ".join(f"{gfn:#x} ({n:,})" for gfn, n in found["hottest"][:5])
+        lines.append(f"  hottest    {found['hottest_of']} {hottest}")
+    lines.append("  events")
+    lines += [
+        f"    {n:>9,}  {event}" for event, n in sorted(found["events"].items(), key=lambda item: (-item[1], item[0]))
+    ]
+    lines.append(f"  other      {found['other']:,} lines that are no event of KVM")
+    lines.append(f"  unreadable {len(found['unreadable']):,} lines")
+    lines += [f"    line {wrong['line']}: {wrong['reason']}" for wrong in found["unreadable"][:8]]
+    lines += _more(found["unreadable"], 8, "lines")
+    wrap = textwrap.TextWrapper(100, subsequent_indent=" " * 13, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(row if len(row) <= 100 else wrap.fill(row) for row in lines)
+
+
+def _by_vcpu(counts: dict[str, int]) -> str:
+    each = ", ".join(f"{vcpu}: {n:,}" for vcpu, n in list(counts.items())[:8])
+    return f" (by vCPU {each}{', ...' if len(counts) > 8 else ''})" if counts else ""
+
+
+def _more(items: Any, shown: int, what: str) -> list[str]:
+    return [f"    and {len(items) - shown:,} more {what} (all with --json)"] if len(items) > shown else []
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<meta name="color-scheme" content="light dark"><title>Trace report</title>
+<style>body {{ max-width: 60rem; margin: 2rem auto; padding: 0 1rem; font: 1rem/1.5 sans-serif }}
+pre {{ overflow-x: auto; font: .9rem/1.4 "DejaVu Sans Mono", monospace }}</style>
+<h1>Trace report</h1>
+{sections}
+</html>
+"""
+
+
+def page(reports: list[tuple[str, dict[str, Any]]]) -> str:
+    """The reports as one page of HTML that needs nothing else."""
+    sections = [
+        f"<h2>{html.escape(_printable(path))}</h2>\n<pre>{html.escape(text(found, path))}</pre>"
+        for path, found in reports
+    ]
+    return _PAGE.format(sections="\n".join(sections))
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``report`` to the commands of ``python -m mmu``."""
+    parser = commands.add_parser("report", help="say what kernel traces hold")
+    parser.add_argument("files", nargs="+", metavar="TRACE", help="plain or gzipped; - is standard input")
+    parser.add_argument("--html", metavar="OUT", help="also write the report as one page of HTML")
+    parser.add_argument("--layout", choices=LAYOUTS, metavar="NAME", help=f"one of {', '.join(LAYOUTS)}")
+    parser.add_argument("--json", action="store_true", help="print exactly one JSON object")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Report on each file; the return value is the exit code.
+
+    2: a file cannot be read, is damaged, or holds no event of KVM (its report is printed all the same, and the other
+    files'); 3: stopped by Ctrl-C, what was read until then is reported.
+    """
+    reports: list[tuple[str, dict[str, Any]]] = []
+    entries: list[dict[str, Any]] = []
+    code = DONE
+    for path in options.files:
+        tally = Tally()
+        trouble = None
+        try:
+            for piece in trace.chunks(path):
+                tally.add(piece)
+            if not tally.complete:
+                trouble = f"line {tally.unreadable[-1].line}: {tally.unreadable[-1].reason}"
+            elif not tally.events:
+                trouble = "holds no event of KVM; expected text of ftrace, trace-cmd report or perf script"
+        except KeyboardInterrupt:
+            tally.complete = False
+            code = STOPPED
+        except OSError as error:
+            trouble = error.strerror or str(error)
+        if trouble:
+            code = max(code, UNUSABLE)
+            print(f"report: {_printable(path)}: {trouble}", file=sys.stderr)
+        found = _answer(tally, options.layout)
+        if tally.lines or not trouble:
+            reports.append((path, found))
+            entries.append({"path": path, **found, **({"error": trouble} if trouble else {})})
+        else:
+            entries.append({"path": path, "error": trouble})
+        if code == STOPPED:
+            break
+    if options.json:
+        print(json.dumps(entries[0] if len(options.files) == 1 else {"files": entries}, allow_nan=False))
+    else:
+        print("\n\n".join(text(found, path) for path, found in reports))
+    if options.html:
+        try:
+            with open(options.html, "w", encoding="utf-8") as out:
+                out.write(page(reports))
+        except OSError as error:
+            print(f"report: {_printable(options.html)}: {error.strerror or error}", file=sys.stderr)
+            code = max(code, UNUSABLE)
+    return code
+
+
+def _printable(path: str) -> str:
+    return path.encode("utf-8", "backslashreplace").decode()
