@@ -7,6 +7,7 @@ prints what comes back; chapters call :func:`check` on a file and look at the di
 from __future__ import annotations
 
 import gzip
+import json
 import sys
 import zlib
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmu import codetable, replay, trace, walks
+from mmu import codetable, litmus, replay, trace, walks
 from mmu import scenario as scenarios
 
 NO_SCENARIO = "none"
@@ -98,6 +99,40 @@ def _error_codes(path: str, raw: bytes, **_: Any) -> Checked:
     )
 
 
+def _is_litmus(raw: bytes) -> bool:
+    return raw.lstrip()[:1] == b"{" and b'"tests"' in raw
+
+
+def _litmus(path: str, raw: bytes, **_: Any) -> Checked:
+    try:
+        data = json.loads(raw)
+        tests = data["tests"]
+        bad = {}
+        try:
+            verdicts = litmus.check(data)  # all tests as one batch
+        except litmus.LitmusError:
+            for number, test in enumerate(tests, 1):
+                try:
+                    litmus.program(test)
+                except litmus.LitmusError as error:
+                    bad[number] = str(error)
+            verdicts = litmus.check({"tests": [test for number, test in enumerate(tests, 1) if number not in bad]})
+    except (ValueError, TypeError, KeyError) as error:
+        raise Unusable(f"{path}: {error}; expected an object whose 'tests' is a list of litmus tests") from None
+    return Checked(
+        path,
+        "litmus",
+        {"litmus": {"agree": sum(said == recorded for _, _, said, recorded in verdicts), "of": len(verdicts)}},
+        disagreements=[
+            {"line": 0, "kind": "litmus", "predicted": said, "recorded": recorded, "reason": f"{name} under {model}"}
+            for name, model, said, recorded in verdicts
+            if said != recorded
+        ],
+        unreadable=[{"line": number, "reason": f"test {number}: {reason}"} for number, reason in bad.items()],
+        rules="every interleaving, under SC and x86-TSO",
+    )
+
+
 def _trace(path: str, raw: bytes, *, scenario: str | None = None, layout: str | None = None) -> Checked:
     found = None if scenario == NO_SCENARIO else scenario or scenario_of(path)
     if found is None:
@@ -125,6 +160,7 @@ def _trace(path: str, raw: bytes, *, scenario: str | None = None, layout: str | 
 
 KINDS: dict[str, tuple[Callable[[bytes], bool], Callable[..., Checked]]] = {
     "error-codes": (lambda raw: codetable.is_table(raw[:4096].decode("utf-8", errors="replace")), _error_codes),
+    "litmus": (_is_litmus, _litmus),
     "trace": (lambda raw: len(trace.read(raw[: 1 << 20])) > 0, _trace),
 }
 """Whether a file's content is of a kind, and how that kind is compared, by the kind's name."""
