@@ -378,7 +378,7 @@ def _parse(text: Text) -> _Parsed:
             continue
         possible = heads.fields["count"][lines] > 0
         if kind == _GENERIC:
-            state[lines] = np.where(possible, _EVENT, _UNREADABLE)
+            state[lines] = np.where(possible, np.int8(_EVENT), np.int8(_UNREADABLE))
             reasons.update(dict.fromkeys(lines[~possible].tolist(), _IMPOSSIBLE_COUNT))
             events.update(_by_name(text, heads, lines[possible], heads.fields[lines[possible]]))
             continue
