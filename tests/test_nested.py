@@ -9,7 +9,7 @@ from mmu.tables import BLOCK, PageTable
 from tests import plain
 
 WRITE_BACK = 6 << 3
-ADDRESS, FRAME = 0x40201234, 0x999
+ADDRESS, FRAME, TABLES_AT = 0x40201234, 0x999, 0x7000000
 
 # What kvm-unit-tests' EPT access tests expect of a leaf with these R, W and X: read, write, fetch; None goes through.
 EXPECTED = {
@@ -35,10 +35,10 @@ KINDS = ({}, {"write": True}, {"fetch": True})
 
 def machine(guest_format=formats.LONG4, nested_format=formats.EPT4, flags=0x67):
     """A guest with one mapped page, and a nested table that maps its tables and the page, all allowed."""
-    guest, below = PageTable(guest_format, base=0x80), PageTable(nested_format)
+    guest, below = PageTable(guest_format, base=TABLES_AT), PageTable(nested_format)
     guest.map(ADDRESS & ~0xFFF, pfn=FRAME, flags=flags)
     guest.words[guest.words != 0] |= np.uint64(0x20)
-    frames = np.append(np.arange(guest.live.size, dtype=np.uint64) + np.uint64(0x80), np.uint64(FRAME))
+    frames = np.append(np.arange(guest.live.size, dtype=np.uint64) + np.uint64(TABLES_AT), np.uint64(FRAME))
     allow = WRITE_BACK | 7 if nested_format.memory_type else 7
     below.map(frames << np.uint64(12), pfn=frames + np.uint64(0x5000), flags=allow)
     return guest, below
@@ -56,15 +56,7 @@ def test_ept_leaves(rights, large):
     """A read, a write and a fetch through an EPT leaf of each size end as kvm-unit-tests expects."""
     guest, below = machine()
     below.unmap(FRAME << 12)
-    page = (FRAME << 12) >> formats.EPT4.shift(large) << formats.EPT4.shift(large)
-    below.unmap(below.leaves().address)
-    used = np.unique(np.append(np.arange(guest.live.size, dtype=np.uint64) + np.uint64(0x80), np.uint64(0x80)))
-    if large > 1:  # the tables and the page share the large leaf: give the tables their own guest-physical home
-        guest = PageTable(formats.LONG4, base=0x7000000)
-        guest.map(ADDRESS & ~0xFFF, pfn=FRAME, flags=0x67)
-        guest.words[guest.words != 0] |= np.uint64(0x20)
-        used = np.arange(guest.live.size, dtype=np.uint64) + np.uint64(0x7000000)
-    below.map(used << np.uint64(12), pfn=used, flags=WRITE_BACK | 7)
+    page = FRAME << 12 >> formats.EPT4.shift(large) << formats.EPT4.shift(large)
     below.map(page, pfn=0, flags=WRITE_BACK | 7, level=large)
     slot = below.find(page).slot
     below.words[slot] = below.words[slot] & ~np.uint64(7) | np.uint64(rights)
@@ -140,9 +132,9 @@ def test_npt_codes():
     assert hex(walk_nested(guest, below, [ADDRESS], fetch=True).code[0]) == "0x100000014"
     below.map(FRAME << 12, pfn=1, flags=5)
     assert hex(walk_nested(guest, below, [ADDRESS], write=True).code[0]) == "0x100000007"
-    below.unmap(0x81 << 12)
+    below.unmap(TABLES_AT + 1 << 12)
     assert hex(walk_nested(guest, below, [ADDRESS]).code[0]) == "0x200000006"
-    below.map(0x81 << 12, pfn=1, flags=5)
+    below.map(TABLES_AT + 1 << 12, pfn=1, flags=5)
     assert hex(walk_nested(guest, below, [ADDRESS]).code[0]) == "0x200000007"
 
 
