@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 
 import numpy as np
+from numpy.typing import NDArray
 
-from mmu import pfec
+from mmu import pfec, trace
 from mmu.exercise import Case, Exercise
 
 
@@ -76,3 +77,15 @@ def recorded_faults(table: str) -> Exercise:
         said = f"a {mode} {access[row['access']]}; set in the entry: {entry}; in the CPU: {cpu}"
         cases.append(Case(flags, None if row["err"] == "-" else int(row["err"], 16), said))
     return Exercise("recorded accesses", cases, show=lambda code: "no fault" if code is None else f"{code:#x}")
+
+
+def handed_back(recording: trace.Trace) -> NDArray[np.bool_]:
+    """Which ``kvm_page_fault`` events of a recording KVM handed back to the guest; bool ``# (fault,)``.
+
+    A fault was handed back when an exception was injected between it and the next time the guest was entered; a fault
+    with no entry after it counts as not handed back.
+    """
+    fault, entry, injected = (recording[name]["line"] for name in ("kvm_page_fault", "kvm_entry", "kvm_inj_exception"))
+    after = np.searchsorted(entry, fault)  # (fault,)
+    entered = np.append(entry, fault[-1:])[after]
+    return np.searchsorted(injected, entered) > np.searchsorted(injected, fault)
