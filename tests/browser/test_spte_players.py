@@ -8,7 +8,7 @@ import numpy as np
 from playwright.sync_api import expect
 
 from mmu import paging, pfec, spte, update
-from mmu.widgets.spte import TABLES
+from mmu.widgets.spte import ACTIONS, TABLES
 from mmu.widgets.walk import ACCESSES, CASES, LEVELS, NEEDS, RIGHTS
 
 PAGE = "book/03-spte.html"
@@ -36,7 +36,9 @@ def test_walk_player(visit):
     start = (0, path_of(0), CASES[0][1], 0)
     state, past = start, []
     names = list(ACCESSES)
-    moves = ["ArrowLeft", "ArrowRight", "1", "2", "3", "4", "a", "u", "r"] + [r + str(n) for r in RIGHTS for n in LEVELS]
+    moves = ["ArrowLeft", "ArrowRight", "1", "2", "3", "4", "a", "u", "r"] + [
+        r + str(n) for r in RIGHTS for n in LEVELS
+    ]
     box.locator("button").first.focus()
     for move in random.Random(3).choices(moves, k=70):
         case, path, name, asked = state
@@ -68,7 +70,9 @@ def test_walk_player(visit):
         else:
             assert f"{name} passes: " in text
         walk = out.walk
-        left = [right for right, on in zip(RIGHTS, (walk.writable, walk.user_page, walk.executable), strict=True) if on[0]]
+        left = [
+            right for right, on in zip(RIGHTS, (walk.writable, walk.user_page, walk.executable), strict=True) if on[0]
+        ]
         assert text.startswith(f"At the page: {' '.join(left) or 'nothing'}; ")
         assert box.locator("td code").all_text_contents() == [f"{path[level]:#x}" for level in LEVELS]
         has = {level: "".join(r for r in RIGHTS if bool(path[level] & BIT[r]) != (r == "X")) for level in LEVELS}
@@ -110,45 +114,38 @@ def acted(table, word, action):
 
 
 def test_spte_player(visit):
-    """After any switches and actions the spte player shows the package's next word and its state."""
+    """After any switches and actions the spte player shows the package's next word, its state and what was done."""
     page = visit().open(PAGE)
     box = player(page, "spte")
-    state, past = (0, TABLES[0].start), []
-    order = ["01234"[i] for i in (0, 1, 2, 3, 4)]
+    start = (0, TABLES[0].start, "")
+    state, past = start, []
     box.locator("button").first.focus()
     rng = random.Random(2012)
-    for move in rng.choices([*order, *order, "ArrowLeft", "ArrowRight", "u", "r", "bit", "bit", "bit", "bit"], k=120):
-        kind, word = state
+    for move in rng.choices([*"0123401234", "ArrowLeft", "ArrowRight", "u", "r", *["bit"] * 5], k=120):
+        kind, word, _ = before = state
         table = TABLES[kind]
-        before = state
         if move == "bit":
             name = rng.choice(table.bits)
             button = box.locator(".mmu-bits:not([hidden]) .mmu-bit", has=page.get_by_text(name, exact=True))
             button.press("Space")
-            state = (kind, word ^ spte.LAYOUTS[table.layout].bits.mask(name))
+            state = (kind, word ^ spte.LAYOUTS[table.layout].bits.mask(name), "")
         else:
             page.keyboard.press(move)
-            if move in order:
-                state = (kind, acted(table, word, int(move)))
+            if move in "01234":
+                act = list(ACTIONS.values())[int(move)]
+                said = act(table, np.array([word], dtype=np.uint64)).said[0]
+                state = (kind, acted(table, word, int(move)), said)
             elif move == "u":
                 state = past.pop() if past else state
             elif move == "r":
-                state, past = (0, TABLES[0].start), []
+                state, past = start, []
             else:
-                kind = (kind + (1 if move == "ArrowRight" else -1)) % 3
-                state = (kind, TABLES[kind].start)
-        kind, word = state
-        name = spte.STATES[spte.classify(word, TABLES[kind].layout, 1)]
-        text = box.locator(".mmu-state").text_content()
-        assert f"{word:#x}: {name}; the CPU " in text
-        expect(box.locator(".mmu-word")).to_have_text(f"{word:#x}")
-        if move not in "ur":
+                kind = (kind + (1 if move == "ArrowRight" else -1)) % len(TABLES)
+                state = (kind, TABLES[kind].start, "")
+        if move not in "ur" and state != before:
             past.append(before)
-        if move in order and before == state:
-            past.pop()  # the sentence may be new, though the word is not: asked below
-            state, past = resync(page, box, state, past)
-
-
-def resync(page, box, state, past):
-    """An action that leaves the word may still add a step to undo; taking it back and forth settles that."""
-    return state, past
+        kind, word, said = state
+        name = spte.STATES[spte.classify(word, TABLES[kind].layout, 1)]
+        expect(box.locator(".mmu-word")).to_have_text(f"{word:#x}")
+        text = box.locator(".mmu-state").text_content()
+        assert text.startswith(f"{said} Now {word:#x}: {name}; the CPU " if said else f"{word:#x}: {name}; the CPU ")
