@@ -88,17 +88,15 @@ def repairs(layout: str = spte.DEFAULT) -> Exercise:
     return Exercise(
         "sptes",
         [
-            Case(
-                {"spte": word}, after if what == 0 else None, f"{word:#x}", _state_and(word, update.FAST[what], layout)
-            )
+            Case({"spte": word}, after if what == 0 else None, f"{word:#x}", _state(word, layout))
             for word, after, what in zip(words.tolist(), new.tolist(), outcome.tolist(), strict=True)
         ],
         show=_hex,
     )
 
 
-def _state_and(word: int, outcome: str, layout: str) -> str:
-    return f"its state: {spte.STATES[spte.classify(word, layout, 1)]}; the fast path: {outcome}"
+def _state(word: int, layout: str) -> str:
+    return f"its state: {spte.STATES[spte.classify(word, layout, 1)]}"
 
 
 def _hex(word: object) -> str:
