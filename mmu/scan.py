@@ -76,12 +76,16 @@ class Text:
     def skip(self, at: Cursors, table: NDArray[np.bool_], *, step: int = 1, most: int = 256) -> Cursors:
         """Move each cursor over bytes of ``table``, forwards (``step`` 1) or backwards (-1), over ``most`` at most."""
         at = at.copy()
-        moving = np.flatnonzero(table[self.bytes[at]])
-        for _ in range(most):
-            if not moving.size:
-                break
-            at[moving] += step
-            moving = moving[table[self.bytes[at[moving]]]]
+        moving = table[self.bytes[at]]
+        while most and 4 * np.count_nonzero(moving) > len(at):  # while many move, whole arrays are the quickest
+            at += np.intp(step) * moving
+            moving &= table[self.bytes[at]]
+            most -= 1
+        few = np.flatnonzero(moving)
+        while most and few.size:
+            at[few] += step
+            few = few[table[self.bytes[at[few]]]]
+            most -= 1
         return at
 
     def looking_at(self, at: Cursors, word: bytes) -> NDArray[np.bool_]:
@@ -170,6 +174,8 @@ class Format:
         self.expectations: list[str] = []
         self._steps = self._compile(re.findall(r"\{[^}]*\}|[\[\]]|[ ]+|[^{}\[\] ]+", text))
         self._end = self._expect("the end of the line")
+        last, *arguments = self._steps[-1]
+        self.open = last == self._maybe or (last == self._choice and any(not text for _, text in arguments[1]))
 
     def __repr__(self) -> str:
         return f"Format({self.text!r})"
@@ -352,7 +358,8 @@ class Format:
         else:
             end = line_end if stop == b"\n" else text.next(match.at, stop)
             match.fail(end <= line_end, expectation)
-            end = np.minimum(end, line_end)
+            match.at = text.skip(match.at, BLANK)
+            end = np.clip(end, match.at, line_end)
         match.fail(text.trim(match.at, end) - match.at <= width, too_long)
         if name:
             match.columns[name] = text.cut(match.at, end, width)

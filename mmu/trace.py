@@ -45,9 +45,10 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mmu.scan import BLANK, MISSING, Cursors, Format, Text, charset
+from mmu.scan import BLANK, MISSING, PADDING, Cursors, Format, Text, charset
+from mmu.scan import missing_value as absent
 
-__all__ = ["FORMATS", "HEAD", "MISSING", "Trace", "Unreadable", "chunks", "dtype", "read"]
+__all__ = ["FORMATS", "HEAD", "MISSING", "Trace", "Unreadable", "absent", "chunks", "dtype", "read"]
 
 _PFERR = "P=1,W=2,U=4,RSVD=8,F=16"
 _PAGE = (
@@ -56,16 +57,14 @@ _PAGE = (
     " {nxe:!nxe|nxe}[ {wp:!wp|wp}][ {ad:!ad|ad}]{smep:| smep}{smap:| smap}{smm:| smm} root {root:d}"
     " {unsync:sync|unsync}{:|^@}"
 )
-_EXIT = (
-    "[ info {info1:x} {info2:x}][ info1 {info1:x} info2 {info2:x}][ intr_info {intr_info:x} error_code {error_code:x}]"
-)
+_INTR = "[ intr_info {intr_info:x} error_code {error_code:x}]"
+_EXIT = "[ info {info1:x} {info2:x}][ info1 {info1:x}[ info2 {info2:x}]]" + _INTR
 
 FORMATS: dict[str, Format] = {
     name: Format(text)
     for name, text in {
         # system kvm; without a comma the first forms are older or trace-cmd's own
-        "kvm_entry": "vcpu {vcpu:d}[, rip {rip:x}][ intr_info {intr_info:x} error_code {error_code:x}]"
-        "[ ]{immediate_exit:|[immediate exit]}",
+        "kvm_entry": "vcpu {vcpu:d}[,][ rip {rip:x}]" + _INTR + "[ ]{immediate_exit:|[immediate exit]}",
         "kvm_exit": "[vcpu {vcpu:d} ]reason {reason:s48} rip {rip:x}" + _EXIT + "[ requests {requests:x}]",
         "kvm_nested_vmexit": "[rip {rip:x} reason {reason:s48} info1 {info1:x} info2 {info2:x} int_info {intr_info:x}"
         " int_info_err {error_code:x}][vcpu {vcpu:d} reason {reason:s48} rip {rip:x}" + _EXIT + "]",
@@ -228,7 +227,7 @@ class Trace(Mapping[str, NDArray[Any]]):
         >>> t.order().tolist()
         [(1, b'kvm_entry', 0), (2, b'kvm_mmu_set_dirty_bit', 0), (3, b'kvm_entry', 1)]
         """
-        kind = np.dtype([("line", np.int64), ("event", "S48"), ("row", np.int64)])
+        kind = np.dtype([("line", np.int64), ("event", "S64"), ("row", np.int64)])
         merged = np.zeros(sum(len(self[event]) for event in events or self), dtype=kind)
         stop = 0
         for event in events or self:
@@ -278,14 +277,13 @@ def chunks(source: Source, size: int = CHUNK) -> Iterator[Trace]:
             damage, block = block, None
         held += block or b""
         end = held.rfind(b"\n") + 1 if block is not None else len(held)
+        held = held[: end + LONGEST_LINE + 1]  # a longer line is still too long, which is all that will be said of it
         if end:
             piece, taken, soft = _piece(held[:end], line, soft, last=block is None)
             line += piece.lines
             held = held[taken:]
             if piece.lines:
                 yield piece
-        elif len(held) > LONGEST_LINE:
-            held = held[: LONGEST_LINE + 1]  # still too long, which is all that will be said of it
         if block is None:
             break
     if damage:
@@ -309,6 +307,11 @@ def _blocks(source: Source, size: int) -> Iterator[bytes | str]:
 
 def _unpacked(pieces: Iterator[bytes], size: int) -> Iterator[bytes | str]:
     first = next(pieces, b"")
+    while len(first) == 1:
+        more = next(pieces, b"")
+        if not more:
+            break
+        first += more
     if not first.startswith(b"\x1f\x8b"):
         yield first
         yield from pieces
@@ -352,32 +355,38 @@ _NAMES = [name for name in FORMATS if not name.startswith("*")]
 _KRETPROBE, _GENERIC, _NO_EVENT = len(_NAMES), -1, -2
 
 
-def _keys(text: Text, name: Cursors, end: Cursors) -> NDArray[np.uint64]:
-    """A hash of each name: its first and last 8 bytes and its length."""
+def _words(text: Text, name: Cursors, end: Cursors) -> NDArray[np.uint64]:
+    """The bytes of each name, up to 24 of them, as its first, second and last word, and its length: (4, name)."""
     words = np.ndarray(len(text.bytes) - 7, dtype="<u8", buffer=text.bytes, strides=(1,))
-    length = np.maximum(end - name, 0).astype(np.uint64)
-    head = words[name] & (
-        np.uint64(MISSING) >> (np.uint64(64) - np.uint64(8) * np.clip(length, 1, 8).astype(np.uint64))
-    )
-    tail = np.where(length >= 8, words[np.maximum(end - 8, 0)], np.uint64(0))
-    return head * np.uint64(0x9E3779B97F4A7C15) ^ tail * np.uint64(0xC2B2AE3D27D4EB4F) ^ length
+    length = np.maximum(end - name, 0)
+    unused = np.uint64(8) * (8 - np.clip(length, 1, 8)).astype(np.uint64)
+    first = words[name] & (np.uint64(MISSING) >> unused)
+    long = length > 8
+    last = np.maximum(end - 8, 0)
+    second = np.where(long, words[np.minimum(name + 8, last)], np.uint64(0))
+    return np.stack([first, second, np.where(long, words[last], np.uint64(0)), length.astype(np.uint64)])
 
 
-def _key_table() -> tuple[NDArray[np.uint64], NDArray[np.int16]]:
+def _hash(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    factors = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 1], dtype=np.uint64)
+    return np.bitwise_xor.reduce(words * factors[:, None], axis=0)
+
+
+def _name_table() -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.int16]]:
     text = Text("\n".join(_NAMES).encode())
-    keys = _keys(text, text.starts, text.ends)
-    order = np.argsort(keys)
-    return keys[order], order.astype(np.int16)
+    words = _words(text, text.starts, text.ends)
+    order = np.argsort(_hash(words))
+    return _hash(words)[order], words[:, order], order.astype(np.int16)
 
 
-_KEYS, _KEY_KIND = _key_table()
+_HASHES, _WORDS, _KINDS = _name_table()  # the names of FORMATS; none is longer than 24 bytes
 
 
 def _kinds(text: Text, name: Cursors, end: Cursors) -> NDArray[np.int16]:
     """Which event each name is: the index of its format, _GENERIC for KVM's others, _NO_EVENT."""
-    keys = _keys(text, name, end)
-    place = np.minimum(np.searchsorted(_KEYS, keys), len(_KEYS) - 1)
-    kind = np.where(_KEYS[place] == keys, _KEY_KIND[place], np.int16(_NO_EVENT))
+    words = _words(text, name, end)
+    place = np.minimum(np.searchsorted(_HASHES, _hash(words)), len(_HASHES) - 1)
+    kind = np.where((_WORDS[:, place] == words).all(axis=0), _KINDS[place], np.int16(_NO_EVENT))
     proper = (end > name) & (text.skip(name, _NAME, most=64) == end)
     kind[~proper] = _NO_EVENT
     unknown = np.flatnonzero(proper & (kind == _NO_EVENT))
@@ -408,6 +417,8 @@ def _heads(text: Text) -> _Heads:
     name = first.copy()
     colon = first.copy()
     name[stamped] = text.skip(stamp[stamped] + 1, BLANK)
+    period = text.skip(name[stamped], _DECIMAL)  # a column that perf may print
+    name[stamped] = np.where(BLANK[text.bytes[period]], text.skip(period, BLANK), name[stamped])
     for prefix in (b"kvm:", b"kvmmmu:"):  # perf names the system too
         name[stamped] += len(prefix) * text.looking_at(name[stamped], prefix)
     printed = stamped[text.looking_at(name[stamped], b"print:")]  # trace-cmd's name for a mark
@@ -447,7 +458,6 @@ def _stamps(text: Text, colons: Cursors, first: Cursors, fields: NDArray[Any]) -
     has_cpu = (bare_cpu | flagged) & (byte[open_] == ord("[")) & (open_ < close - 1)
     line = text.line_of(at)
     good = bounded & np.where(dotted, seconds < fraction - 1, has_cpu) & (before >= first[line] - 1)
-    good[1:] &= ~((line[1:] == line[:-1]) & good[:-1])  # the first of its line; a third candidate is caught below
     line, keep = np.unique(line[good], return_index=True)
     chosen = np.flatnonzero(good)[keep]  # (stamped line,)
 
@@ -535,12 +545,14 @@ class _Parsed(NamedTuple):
     events: dict[str, NDArray[Any]]  # ["line"] is the index of the line in the text
     state: NDArray[np.int8]  # (line,)
     reads: NDArray[np.bool_]  # (line,)
+    open: NDArray[np.bool_]  # (line,) its format ends in something optional, which may stand on the next line
     reasons: dict[int, str]  # of the unreadable lines
 
 
 def _parse(text: Text) -> _Parsed:
     heads = _heads(text)
     state = np.zeros(len(text.starts), dtype=np.int8)
+    open_ = np.zeros(len(text.starts), dtype=np.bool_)
     events: dict[str, NDArray[Any]] = {}
     reasons: dict[int, str] = {}
     by_kind = np.argsort(heads.kind, kind="stable")
@@ -562,26 +574,33 @@ def _parse(text: Text) -> _Parsed:
         for field, column in match.columns.items():
             records[field] = column[match.ok]
         state[read] = _EVENT
+        open_[read] = form.open
         if kind == _KRETPROBE:
             events.update(_by_name(text, heads, read, records))
         elif len(read):
             events[event] = records
-        failed = np.flatnonzero(~match.ok & heads.sure[lines])
-        state[lines[failed]] = _UNREADABLE
-        for i in failed.tolist():
+        for i in np.flatnonzero(~match.ok).tolist():
             line, at = int(lines[i]), int(match.failed_at[i])
+            begun = text.raw[heads.colon[line] : at]  # prose that names an event does not go on with its numbers
+            if not heads.sure[line] and not any(digit in begun for digit in b"0123456789"):
+                continue
+            state[line] = _UNREADABLE
             rest = bytes(text.bytes[at : min(at + 24, int(text.ends[line]))]).split(b" ")[0].decode("latin-1")
             found = ascii(rest) if rest else "the end of the line" if at >= text.ends[line] - 1 else "a blank"
             column = at - int(text.starts[line]) + 1
             reasons[line] = (
                 f"{event}: expected {form.expectations[match.expected[i]]} at column {column}, found {found}"
             )
-    return _Parsed(events, state, heads.reads, reasons)
+    return _Parsed(events, state, heads.reads, open_, reasons)
 
 
 def _by_name(text: Text, heads: _Heads, lines: Cursors, records: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    if not len(lines):
+        return {}
     names, which = np.unique(text.cut(heads.name[lines], heads.colon[lines], 64), return_inverse=True)
-    return {name.decode("latin-1"): records[which == i] for i, name in enumerate(names)}
+    by_name = np.argsort(which, kind="stable")
+    parts = np.split(records[by_name], np.flatnonzero(np.diff(which[by_name])) + 1)
+    return {name.decode("latin-1"): part for name, part in zip(names.tolist(), parts, strict=True)}
 
 
 def _piece(lines: bytes, first: int, soft: bool, last: bool) -> tuple[Trace, int, bool]:
@@ -591,10 +610,10 @@ def _piece(lines: bytes, first: int, soft: bool, last: bool) -> tuple[Trace, int
     """
     given = Text(lines)
     giants = np.flatnonzero(given.ends - given.starts > LONGEST_LINE).tolist()
-    text = _emptied(given, giants) if giants else given
+    text = _with_whole_heads(_emptied(given, giants) if giants else given)
     parsed = _parse(text)
     softs = _soft_breaks(text)
-    n = len(text.starts) if last else _safe_end(parsed, softs)
+    n = len(text.starts) if last else _safe_end(parsed, softs | _hanging(given))
     _repair(text, parsed, softs, soft, n)
     for line in giants:
         parsed.state[line] = _UNREADABLE
@@ -617,6 +636,26 @@ def _emptied(text: Text, lines: list[int]) -> Text:
     return Text(text.bytes[: text.ends[-1] + 1][keep[: text.ends[-1] + 1]].tobytes())
 
 
+def _hanging(text: Text) -> NDArray[np.bool_]:
+    """Which lines end behind the colon of a TIMESTAMP: mail wrapped there, and the event is on the next line."""
+    last = text.skip(text.ends - 1, BLANK, step=-1)
+    return (text.bytes[last] == ord(":")) & _DECIMAL[text.bytes[np.maximum(last - 1, 0)]]
+
+
+def _with_whole_heads(text: Text) -> Text:
+    """The same text, with each hanging head moved to the line of its event: the newline goes in front of it."""
+    hanging = _hanging(text)
+    hanging = np.flatnonzero(hanging[:-1] & ~hanging[1:])
+    if not hanging.size:
+        return text
+    raw = bytearray(text.raw)
+    behind = text.skip(text.starts[hanging + 1], _QUOTE)
+    for line, event in zip(hanging[::-1].tolist(), behind[::-1].tolist(), strict=True):  # from the end: lengths change
+        head = raw[text.starts[line] : text.ends[line]]
+        raw[text.starts[line] : event] = b"\n" + head + b" "
+    return Text(bytes(raw[1:-PADDING]))
+
+
 def _soft_breaks(text: Text) -> NDArray[np.bool_]:
     """Which lines end in the ``=`` that quoted-printable mail breaks a line with."""
     end = text.ends - (text.bytes[text.ends - 1] == ord("\r"))
@@ -627,9 +666,11 @@ def _safe_end(parsed: _Parsed, softs: NDArray[np.bool_]) -> int:
     """The largest number of lines, none of which a later line may yet complete."""
     n = len(softs)
     for i in range(n, max(n - 64, 0), -1):
+        if softs[i - 1]:
+            continue
         if i < n and parsed.reads[i]:
             return i
-        if not softs[i - 1] and not (parsed.state[max(i - _JOIN, 0) : i] == _UNREADABLE).any():
+        if not parsed.state[max(i - _JOIN, 0) : i].any():  # all of them other
             return i
     return 0 if n <= 64 else n
 
@@ -642,10 +683,11 @@ def _repair(text: Text, parsed: _Parsed, softs: NDArray[np.bool_], soft: bool, n
     """
     after_soft = np.concatenate([[soft], softs[:-1]])
     candidates = (parsed.state == _UNREADABLE) | (parsed.state == _OTHER) & softs & ~after_soft
+    candidates |= parsed.open & _goes_on(text, parsed)
     variants: list[bytes] = []
     owners: list[tuple[int, int]] = []  # (line, how many more lines it takes)
     for line in np.flatnonzero(candidates[:n]).tolist():
-        whole = text.bytes[text.starts[line] : text.ends[line]].tobytes()
+        whole = text.raw[text.starts[line] : text.ends[line]]
         for more in range(_JOIN + 1):
             mended = _mend(whole)
             if more or mended != whole:
@@ -654,10 +696,10 @@ def _repair(text: Text, parsed: _Parsed, softs: NDArray[np.bool_], soft: bool, n
             behind = line + more + 1
             if behind >= len(softs) or parsed.reads[behind]:
                 break
-            tail = text.bytes[text.starts[behind] : text.ends[behind]].tobytes()
+            tail = text.raw[text.starts[behind] : text.ends[behind]]
             if softs[behind - 1]:
                 whole = whole.rstrip(b"\r")[:-1] + tail
-            elif parsed.state[line] == _UNREADABLE and tail.strip():
+            elif parsed.state[line] != _OTHER and tail.strip():
                 whole = whole.rstrip() + b" " + tail.lstrip(b" \t>|")
             else:
                 break
@@ -666,25 +708,46 @@ def _repair(text: Text, parsed: _Parsed, softs: NDArray[np.bool_], soft: bool, n
     mended = _parse(Text(b"\n".join(variants)))
     chosen = np.full(len(variants), -1, dtype=np.int64)
     taken = -1  # the last line that a mended record took
+    best = 0  # the variant that was chosen last
     for variant in np.flatnonzero(mended.state == _EVENT).tolist():
         line, more = owners[variant]
-        if line > taken:
-            chosen[variant] = line
-            taken = line + more
-            parsed.state[line] = _EVENT
-            parsed.reasons.pop(line, None)
-    for name, array in mended.events.items():
+        if line == chosen[best] and mended.open[variant]:  # the longest where more may follow, else the shortest
+            chosen[best] = -1
+        elif line <= taken:
+            continue
+        chosen[variant], best = line, variant
+        taken = line + more
+        parsed.state[line] = _EVENT
+        parsed.reasons.pop(line, None)
+    for array in mended.events.values():
         array["line"] = chosen[array["line"]]
-        both = np.concatenate([parsed.events.get(name, array[:0]), array[array["line"] >= 0]])
+    for name in {**parsed.events, **mended.events}:
+        new = mended.events.get(name, np.zeros(0, dtype=dtype(name)))
+        old = parsed.events.get(name, new[:0])
+        both = np.concatenate([old[~np.isin(old["line"], chosen)], new[new["line"] >= 0]])
         parsed.events[name] = both[np.argsort(both["line"], kind="stable")]
 
 
+_TAILS = (b"rip ", b"info", b"intr_info ", b"error_code ", b"requests ", b"gen ", b"at ", b"new", b"existing", b"[")
+
+
+def _goes_on(text: Text, parsed: _Parsed) -> NDArray[np.bool_]:
+    """Which lines are followed by what looks like the optional end of a record, wrapped by mail."""
+    found = np.zeros(len(text.starts), dtype=np.bool_)
+    alone = np.flatnonzero(~parsed.reads[1:]) + 1
+    start = text.skip(text.starts[alone], _QUOTE)
+    for tail in _TAILS:
+        found[alone - 1] |= text.looking_at(start, tail)
+    return found
+
+
 _REMARK = re.compile(rb"CAN'T FIND FIELD \"[^\"]*\"|<CANT FIND FIELD [^>]*>")
+_COMMENT = re.compile(rb".*/\* (.*) \*/\s*")  # the function_graph tracer prints events so
 _QUOTED_PRINTABLE = re.compile(rb"=([0-9A-F]{2})")
 
 
 def _mend(line: bytes) -> bytes:
-    line = _REMARK.sub(b"", line)
+    line = _COMMENT.sub(rb"\1", _REMARK.sub(b"", line))
     return _QUOTED_PRINTABLE.sub(lambda match: bytes.fromhex(match[1].decode()).replace(b"\n", b" "), line)
 
 

@@ -146,6 +146,6 @@ def test_spte_player(visit):
             past.append(before)
         kind, word, said = state
         name = spte.STATES[spte.classify(word, TABLES[kind].layout, 1)]
-        expect(box.locator(".mmu-word")).to_have_text(f"{word:#x}")
+        expect(box.locator(".mmu-spte-word")).to_have_text(f"{word:#x}")
         text = box.locator(".mmu-state").text_content()
         assert text.startswith(f"{said} Now {word:#x}: {name}; the CPU " if said else f"{word:#x}: {name}; the CPU ")

@@ -21,7 +21,7 @@ function render({ model, el }) {
         h("span", { class: "mmu-bit-number" }, `bit ${bit}`), h("span", { class: "mmu-bit-name" }, name)));
     return { buttons, box: h("div", { class: "mmu-bits mmu-bits-spte", role: "group", "aria-label": "Bits of the spte" }, buttons) };
   });
-  const word = h("code", { class: "mmu-word" });
+  const word = h("code", { class: "mmu-spte-word" });
   const cells = { "state": h("td", {}), "the CPU": h("td", {}) };
   const spoken = h("p", { class: "mmu-state", role: "status", "aria-live": "polite" });
   const undo = h("button", { type: "button", onclick: () => state.undo() }, "Undo");

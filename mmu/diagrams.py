@@ -1,0 +1,152 @@
+"""The pictures of races: schedules as lanes, the change between two protocols, outcome grids, the id field and its neighbours.
+
+They draw what a :class:`mmu.board.Board` or an spte's layout holds and count nothing but what their text states.
+"""
+
+from __future__ import annotations
+
+import difflib
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.patches import Rectangle
+
+from mmu.board import Board, Move
+from mmu.figures import BARRIER, FAILED, LOCKS, SUCCEEDED, UNLOCKS, VIOLATED, Step, lanes
+from mmu.picture import FAINT, FAST, INK, OOPS, PAPER, Picture, canvas
+
+_KIND = {"barrier": BARRIER, "succeeded": SUCCEEDED, "failed": FAILED, "locks": LOCKS, "unlocks": UNLOCKS}
+
+
+def schedule(game: Board, moves: Sequence[Move], *, oops: str = "write-protected, unlocked, and writable") -> Picture:
+    """Moves on a board as lanes, with what each changed beside it. Chapters 6 to 10.
+
+    >>> from mmu.board import board
+    >>> from mmu.protocols import one_shot
+    >>> game = board(one_shot(2, "no-id"), "SC")
+    >>> schedule(game, game.shortest()).alt.partition(";")[0]
+    '8 steps (vCPU 0, fault: 3'
+    """
+    machine = game.machine
+    steps, before = [], machine.unpack(game.states[0].shared)
+    broken = None
+    for move in moves:
+        after = machine.unpack(game.states[move.target].shared)
+        changed = ", ".join(
+            f"{name.removeprefix('spte.')}={value}" for name, value in after.items() if value != before[name]
+        )
+        text = move.text.replace(" (into its store buffer)", ", buffered")
+        steps.append(Step(move.actor, text, _KIND.get(move.kind, "step"), changed))
+        before = after
+        if game.oops[move.target]:
+            broken = move
+            break
+    if broken:
+        steps.append(Step(broken.actor, oops, VIOLATED))
+    actors = [f"vCPU {vcpu}, {' or '.join(paths)}" for vcpu, paths in enumerate(machine.program.actors)]
+    return lanes(steps, actors, state="changed")
+
+
+def lines(text: str) -> list[str]:
+    """The steps of a protocol's text without its comments and empty lines."""
+    bare = (line.partition("#")[0].rstrip() for line in text.strip("\n").splitlines())
+    return [line for line in bare if line]
+
+
+@dataclass(frozen=True)
+class Diff:
+    """What changes from one protocol to the next, and what each is worth: text for a test, HTML for a page.
+
+    Args:
+        before, after: the two texts.
+        was, now: the verdicts on them, one sentence each, with their numbers.
+    """
+
+    before: str
+    after: str
+    was: str
+    now: str
+
+    @classmethod
+    def between(cls, before: Board, after: Board) -> Diff:
+        """The change between the programs of two boards, with the verdict on each."""
+        old, new = (game.machine.program.text for game in (before, after))
+        return cls(old, new, before.verdict(), after.verdict())
+
+    def lines(self) -> list[str]:
+        """The paths that differ, each line with `` ``, ``-`` or ``+`` before it."""
+        told: list[str] = []
+        for path in self._paths():
+            old, new = ([line for line in part if line.strip()] for part in (path[0], path[1]))
+            if old != new:
+                told += [line for line in difflib.ndiff(old, new) if not line.startswith("?")]
+        return told
+
+    def _paths(self) -> list[tuple[list[str], list[str]]]:
+        split = []
+        for text in (self.before, self.after):
+            parts: dict[str, list[str]] = {}
+            name = ""
+            for line in lines(text):
+                if not line[0].isspace():
+                    name = line if line.endswith(":") else "words"
+                parts.setdefault(name, []).append(line)
+            split.append(parts)
+        return [(split[0].get(name, []), split[1].get(name, [])) for name in dict.fromkeys([*split[0], *split[1]])]
+
+    def __repr__(self) -> str:
+        return "\n".join([f"before: {self.was}", *self.lines(), f"after: {self.now}"])
+
+    def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, str], dict[str, str]]:
+        rows = []
+        for line in self.lines():
+            kind = {"-": "del", "+": "ins"}.get(line[0], "span")
+            rows.append(f"<{kind}>{html.escape(line)}</{kind}>")
+        page = (
+            f'<div class="mmu-diff"><p class="mmu-was">{html.escape(self.was)}</p><pre>{chr(10).join(rows)}</pre>'
+            f'<p class="mmu-now">{html.escape(self.now)}</p></div>'
+        )
+        return {"text/plain": repr(self), "text/html": page}, {}
+
+
+def outcomes(
+    panels: Mapping[str, Mapping[tuple[int, int], int]], names: tuple[str, str], bad: tuple[int, int]
+) -> Picture:
+    """How many schedules end with which pair of values, one column a setting; the bad pair framed. Chapter 6.
+
+    >>> outcomes({"SC": {(0, 1): 1, (1, 0): 1}}, ("a", "b"), (0, 0)).alt
+    'SC: a=0 b=0 in 0 of 2 schedules, never.'
+    """
+    pairs = [(a, b) for a in (0, 1) for b in (0, 1)]
+    findings = []
+    with canvas(7.0, 2.6) as figure:
+        axes = figure.add_subplot()
+        for column, (name, counted) in enumerate(panels.items()):
+            total = sum(counted.values())
+            for row, pair in enumerate(pairs):
+                times = counted.get(pair, 0)
+                wrong = pair == bad
+                edge, width = (OOPS, 2.6) if wrong and times else (FAINT, 0.8)
+                box = {"facecolor": PAPER, "edgecolor": edge, "linewidth": width}
+                axes.add_patch(Rectangle((column + 0.04, row + 0.06), 0.92, 0.88, **box))
+                share = times / total
+                fill = OOPS if wrong else FAST
+                axes.add_patch(
+                    Rectangle((column + 0.07, row + 0.74), 0.86 * share, 0.12, facecolor=fill, edgecolor="none")
+                )
+                text = f"{times:,} of {total:,}" if times else "never"
+                ink = (OOPS if times else FAINT) if wrong else (INK if times else FAINT)
+                sign = "OOPS  " if wrong and times else ""
+                axes.text(column + 0.5, row + 0.42, sign + text, ha="center", va="center", color=ink)
+            times = counted.get(bad, 0)
+            ends = f"{names[0]}={bad[0]} {names[1]}={bad[1]} in {times:,} of {total:,} schedules"
+            findings.append(f"{name}: {ends}{'' if times else ', never'}")
+        axes.set_xticks([column + 0.5 for column in range(len(panels))], list(panels))
+        axes.set_yticks([row + 0.5 for row in range(4)], [f"{names[0]}={a}, {names[1]}={b}" for a, b in pairs])
+        axes.set(xlim=(0, len(panels)), ylim=(4, 0))
+        axes.xaxis.tick_top()
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+    return Picture(figure, "; ".join(findings) + ".")

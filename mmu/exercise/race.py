@@ -1,0 +1,127 @@
+"""The exercises of chapters 6 to 10: schedules that break a protocol, repairs of one, outcomes of a litmus test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from mmu.board import Board, Move, ScheduleError, board
+from mmu.exercise import Result
+from mmu.program import Program, ProgramError
+
+
+def schedule(program: Program, memory: str) -> Callable[[str], Result]:
+    """Break a program: the answer is a schedule such as ``"0 0 1 2d"``.
+
+    A wrong one is told which move is not possible, or which move went otherwise: after it no schedule breaks anything.
+    """
+    game = board(program, memory)
+
+    def answer(codes: str) -> Result:
+        try:
+            moves = game.play(codes)
+        except ScheduleError as error:
+            return Result(False, f"Not yet: {error}.")
+        here, least = 0, int(game.left[0])
+        for number, move in enumerate(moves, 1):
+            if game.oops[move.target]:
+                least_said = "no schedule is shorter" if number == least else f"the shortest takes {least}"
+                return Result(True, f"Right: OOPS after {number} moves; {least_said}.")
+            if game.left[move.target] < 0 <= game.left[here]:
+                other = next(other for other in game.moves[here] if game.left[other.target] >= 0)
+                return Result(
+                    False,
+                    f"Not yet: move {number} went otherwise. {_said(move)}; after it nothing can break. "
+                    f"There, {_said(other)} leaves {game.left[other.target]} more to OOPS.",
+                )
+            here = move.target
+        return Result(False, f"Not yet: {len(moves)} moves, no OOPS; it is {game.left[here]} more away.")
+
+    return answer
+
+
+def repair(
+    actors: Callable[[int], list[list[str]]], memory: str = "TSO", sizes: Iterable[int] = (2, 3), useful: str = "spte.w"
+) -> Callable[[str], Result]:
+    """Repair a protocol: the answer is its text; every interleaving of it must be safe, and it must still do its work.
+
+    Args:
+        actors: for a number of vCPUs, the paths that each runs.
+        memory: ``"SC"`` or ``"TSO"``.
+        sizes: the numbers of vCPUs to try, from few to many.
+        useful: the bit that some interleaving must set; a protocol that never does anything is safe as well.
+
+    A wrong repair is answered with the shortest schedule that breaks it.
+    """
+    sizes = tuple(sizes)
+
+    def answer(text: str) -> Result:
+        counted = []
+        for n in sizes:
+            try:
+                game = board(Program(text, actors(n)), memory)
+            except ProgramError as error:
+                return Result(False, f"Not yet: the text cannot be read. {error}")
+            if not game.safe:
+                return Result(False, f"Not yet: with {n} vCPUs there is a way to OOPS.\n{lines(game.shortest())}")
+            values = [game.machine.unpack(state.shared)[useful] for state in game.states]
+            if not any(values):
+                return Result(False, f"Not yet: safe, but with {n} vCPUs no schedule ever sets {useful}.")
+            ended = [game.machine.unpack(game.states[here].shared)["wp"] for here in game.ends()]
+            if not all(ended):
+                return Result(False, f"Not yet: safe, but with {n} vCPUs some schedule ends and wp was never set.")
+            counted.append(f"{len(game.states):,}")
+        return Result(
+            True, f"Right: {' and '.join(counted)} states with {' and '.join(map(str, sizes))} vCPUs, no OOPS."
+        )
+
+    return answer
+
+
+def outcomes(program: Program, memory: str, names: tuple[str, str]) -> Callable[[Iterable[tuple[int, int]]], Result]:
+    """Which values two locals can end with; the answer is a set of pairs."""
+    game = board(program, memory)
+    found = reached(game, names)
+
+    def answer(pairs: Iterable[tuple[int, int]]) -> Result:
+        given = set(pairs)
+        if given == set(found):
+            return Result(True, f"Right: {len(found)} of 4 outcomes, by all {len(game.states)} states.")
+        for pair in sorted(set(found) - given):
+            moves = game.path_to(found[pair])
+            return Result(False, f"Not yet: {names[0]}, {names[1]} = {pair} can happen.\n{lines(moves)}")
+        wrong = min(given - set(found))
+        return Result(False, f"Not yet: {wrong} never happens: none of the {len(game.states)} states ends so.")
+
+    return answer
+
+
+def reached(game: Board, names: tuple[str, str]) -> dict[tuple[int, int], int]:
+    """For each pair of values that two observed locals end with, a state that ends so."""
+    found: dict[tuple[int, int], int] = {}
+    for here in game.ends():
+        values: dict[str, int] = {}
+        for actor, local in zip(game.machine.actors, game.states[here].locals, strict=True):
+            values.update(actor.locals[local].values)
+        if set(names) <= set(values):
+            found.setdefault((values[names[0]], values[names[1]]), here)
+    return dict(sorted(found.items()))
+
+
+def lines(moves: Iterable[Move]) -> str:
+    """Moves for people, one a line: number, vCPU and what it did."""
+    return "\n".join(f"{number:>4}  vCPU {move.actor}  {move.text}" for number, move in enumerate(moves, 1))
+
+
+def number(right: int, hint: str) -> Callable[[int], Result]:
+    """An exercise whose answer is one number that the package has computed; a wrong one is told the direction and a hint."""
+
+    def answer(guess: int) -> Result:
+        if guess == right:
+            return Result(True, f"Right: {right:,}.")
+        return Result(False, f"Not yet: {guess:,} is too {'few' if guess < right else 'many'}. {hint}")
+
+    return answer
+
+
+def _said(move: Move) -> str:
+    return f"vCPU {move.actor}: {move.text}"
