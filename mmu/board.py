@@ -97,11 +97,7 @@ class Board:
         vcpus = len(self.machine.actors)
         where = f"{self.machine.memory}, {vcpus} vCPUs, {len(self.states):,} states"
         if self.machine.program.forever:
-            return (
-                f"Safe: OOPS in none of the states ({where})."
-                if self.safe
-                else f"Broken: OOPS can be reached ({where})."
-            )
+            return f"Safe: OOPS in none of the states ({where})." if self.safe else f"Broken: OOPS can be reached ({where})."
         bad, total = self.count()
         if self.safe:
             return f"Safe: none of {total:,} schedules ends in OOPS ({where})."
@@ -239,9 +235,7 @@ def board(program: Program, memory: str = "TSO") -> Board:
                 number[event.target] = len(states)
                 states.append(event.target)
         if len(states) > MAX_STATES:
-            raise ValueError(
-                f"more than {MAX_STATES:,} states; search them with mmu.explore, a board is to be looked at"
-            )
+            raise ValueError(f"more than {MAX_STATES:,} states; search them with mmu.explore, a board is to be looked at")
         moves.append(tuple(_moves(machine, state, events, number)))
     values = machine.unpack(np.array([state.shared for state in states], dtype=np.int64))
     for path in {name for paths in program.actors for name in paths}:

@@ -34,9 +34,7 @@ def schedule(game: Board, moves: Sequence[Move], *, oops: str = "write-protected
     broken = None
     for move in moves:
         after = machine.unpack(game.states[move.target].shared)
-        changed = ", ".join(
-            f"{name.removeprefix('spte.')}={value}" for name, value in after.items() if value != before[name]
-        )
+        changed = ", ".join(f"{name.removeprefix('spte.')}={value}" for name, value in after.items() if value != before[name])
         text = move.text.replace(" (into its store buffer)", ", buffered")
         steps.append(Step(move.actor, text, _KIND.get(move.kind, "step"), changed))
         before = after
@@ -111,9 +109,7 @@ class Diff:
         return {"text/plain": repr(self), "text/html": page}, {}
 
 
-def outcomes(
-    panels: Mapping[str, Mapping[tuple[int, int], int]], names: tuple[str, str], bad: tuple[int, int]
-) -> Picture:
+def outcomes(panels: Mapping[str, Mapping[tuple[int, int], int]], names: tuple[str, str], bad: tuple[int, int]) -> Picture:
     """How many schedules end with which pair of values, one column a setting; the bad pair framed. Chapter 6.
 
     >>> outcomes({"SC": {(0, 1): 1, (1, 0): 1}}, ("a", "b"), (0, 0)).alt
@@ -133,9 +129,7 @@ def outcomes(
                 axes.add_patch(Rectangle((column + 0.04, row + 0.06), 0.92, 0.88, **box))
                 share = times / total
                 fill = OOPS if wrong else FAST
-                axes.add_patch(
-                    Rectangle((column + 0.07, row + 0.74), 0.86 * share, 0.12, facecolor=fill, edgecolor="none")
-                )
+                axes.add_patch(Rectangle((column + 0.07, row + 0.74), 0.86 * share, 0.12, facecolor=fill, edgecolor="none"))
                 text = f"{times:,} of {total:,}" if times else "never"
                 ink = (OOPS if times else FAINT) if wrong else (INK if times else FAINT)
                 sign = "OOPS  " if wrong and times else ""

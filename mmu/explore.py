@@ -107,9 +107,7 @@ class _Half:
         state, shared = self.split(rows)
         codes = self.codes[state]
         source, to_code, to_shared, who, which = ([np.zeros(0, dtype=np.int64)] for _ in range(5))
-        for vcpu, actor, stride, local in zip(
-            self.vcpus, self.actors, self.strides, self.locals_of(state), strict=True
-        ):
+        for vcpu, actor, stride, local in zip(self.vcpus, self.actors, self.strides, self.locals_of(state), strict=True):
             for move in range(len(actor.to_local)):
                 there = actor.to_local[move, local, shared]
                 can = np.flatnonzero(there >= 0)
@@ -228,9 +226,7 @@ class Space:
             raise OutOfRoom(f"{need} bytes to mark the states seen are more than the {self.max_bytes} allowed")
         if need > len(self.seen):
             spare = need + (need >> 2 if need > 1 << 24 else need)
-            self.seen.resize(
-                min(spare, self.max_bytes), refcheck=False
-            )  # in place, where a copy would double the bytes
+            self.seen.resize(min(spare, self.max_bytes), refcheck=False)  # in place, where a copy would double the bytes
 
     def _fresh(self, keys: Keys) -> Keys:
         """The keys not seen before, each once; they are marked as seen.
@@ -442,10 +438,7 @@ class Quotient:
         # sorted fields f0 <= f1 <= ... have the rank  C(f0, 1) + C(f1 + 1, 2) + ...  among all of their kind
         self.rank = [
             np.array(
-                [
-                    [math.comb(f + place, place + 1) for f in range(group.to_field.shape[1])]
-                    for place in range(len(group.vcpus))
-                ],
+                [[math.comb(f + place, place + 1) for f in range(group.to_field.shape[1])] for place in range(len(group.vcpus))],
                 dtype=np.uint64,
             )  # (place, field)
             for group in self.groups
@@ -481,13 +474,7 @@ class Quotient:
     def _refuse_foreign(self, vcpu: int, me: int) -> None:
         """A local or a buffered store that holds another's mark cannot be said in relative terms."""
         marked = set(self.marked)
-        marked |= {
-            name
-            for steps in self.machine.program.paths[vcpu].values()
-            for step in steps
-            for name, part in step.into
-            if part in marked
-        }
+        marked |= {name for steps in self.machine.program.paths[vcpu].values() for step in steps for name, part in step.into if part in marked}
         for local in self.machine.actors[vcpu].locals:
             for name, value in itertools.chain(local.values, *local.buffer):
                 if name in marked and value not in (0, me):
@@ -579,9 +566,7 @@ class Quotient:
             _, target = self._step(frontier[:, at : at + CHUNK])
             fresh.append(target[:, self.known.fresh(self.codes(target))])
         if len(self.known.slots) * 12 > self.max_bytes:
-            raise OutOfRoom(
-                f"{len(self.known.slots) * 12} bytes to remember the states seen are more than {self.max_bytes}"
-            )
+            raise OutOfRoom(f"{len(self.known.slots) * 12} bytes to remember the states seen are more than {self.max_bytes}")
         return np.concatenate(fresh, axis=1), 0
 
     def edges(self, frontier: NDArray[Any]) -> dict[str, NDArray[Any]]:
@@ -669,13 +654,7 @@ class States(Mapping[str, Any]):
         raise KeyError(f"states have no {name!r}; they have {', '.join(self)}")
 
     def __iter__(self) -> Iterator[str]:
-        return iter(
-            [
-                *self.machine.place,
-                OOPS,
-                *(f"done({path})" for path in dict.fromkeys(itertools.chain(*self.machine.program.actors))),
-            ]
-        )
+        return iter([*self.machine.place, OOPS, *(f"done({path})" for path in dict.fromkeys(itertools.chain(*self.machine.program.actors)))])
 
     def __len__(self) -> int:
         return len(list(iter(self)))

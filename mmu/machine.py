@@ -237,9 +237,7 @@ class _Closure:
         """Next local state and next shared number, each for every shared number."""
         step = move.step
         if step is None:
-            return self._there(Local(local.path, local.label, local.values, local.buffer[1:])), self._written(
-                local.buffer[0]
-            )
+            return self._there(Local(local.path, local.label, local.values, local.buffer[1:])), self._written(local.buffer[0])
         env = {**dict(local.values), "me": self.program.marks[self.vcpu]}
         if step.reads:
             return self._read(local, move.path, step, env)
@@ -272,9 +270,7 @@ class _Closure:
     def _check(self, step: Step, writes: Any) -> None:
         for name, value in writes:
             if not 0 <= value < self.sizes[name]:
-                raise ProgramError(
-                    f"`{step.label} {step.text}` puts {value} into {name}, which holds 0 to {self.sizes[name] - 1}"
-                )
+                raise ProgramError(f"`{step.label} {step.text}` puts {value} into {name}, which holds 0 to {self.sizes[name] - 1}")
 
     def _next(self, path: str, step: Step, outcome: Any, buffer: tuple[Writes, ...]) -> Local:
         kept = tuple(sorted((name, int(outcome.env[name])) for name in step.keeps if name in outcome.env))

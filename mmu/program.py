@@ -188,9 +188,7 @@ def _declare(line: str) -> Word:
     for spec in fields.split(",") if colon else [name]:
         found = _PART.fullmatch(spec.strip())
         if not found or (colon and not _PART.fullmatch(name)):
-            raise ProgramError(
-                f"{line!r} declares no word; expected `word NAME` or `word NAME: FIELD, FIELD(vcpu), FIELD(3) = 1`"
-            )
+            raise ProgramError(f"{line!r} declares no word; expected `word NAME` or `word NAME: FIELD, FIELD(vcpu), FIELD(3) = 1`")
         domain = found["domain"] or "2"
         full = f"{name}.{found['name']}" if colon else found["name"]
         parts.append(Part(full, domain if domain == VCPU else int(domain), int(found["start"] or 0)))
@@ -307,9 +305,7 @@ class _Reader:
         """The one word that these names belong to; two are an error, because one step is one access."""
         words = {name.split(".")[0] for name in names} & set(self.words)
         if len(words) > 1:
-            raise ProgramError(
-                f"reads {' and '.join(sorted(words))}; one step is one access, so write one step for each"
-            )
+            raise ProgramError(f"reads {' and '.join(sorted(words))}; one step is one access, so write one step for each")
         return self.words[words.pop()] if words else None
 
     def check(self, value: Expression, word: Word | None = None) -> Expression:
@@ -340,11 +336,7 @@ class _Reader:
             call = ast.parse(f"f{text.strip()}" if text.strip().startswith("(") else "", mode="eval").body
         except SyntaxError:
             call = None
-        if (
-            not isinstance(call, ast.Call)
-            or len(call.args) > 1
-            or any(keyword.arg is None for keyword in call.keywords)
-        ):
+        if not isinstance(call, ast.Call) or len(call.args) > 1 or any(keyword.arg is None for keyword in call.keywords):
             raise ProgramError(f"{text.strip()!r} is no value of {word.name}; expected (FIELD=VALUE, ...) or (LOCAL)")
         values: dict[str, Expression] = {}
         if call.args:
@@ -400,16 +392,12 @@ class _Reader:
                 raise ProgramError(f"{word.name} has fields; a lock is a word without")
             if found[1] == "release":
                 return Step(label, text, "store", word, new=((word.name, expression("0")),))
-            return Step(
-                label, text, "locked", word, new=((word.name, expression("1")),), guard=expression(f"not {word.name}")
-            )
+            return Step(label, text, "locked", word, new=((word.name, expression("1")),), guard=expression(f"not {word.name}"))
         if found := match(r"if (.+):\s*(\w+)"):
             condition = expression(found[1])
             word = self.word_in(condition.names)
             if word is None:
-                raise ProgramError(
-                    "branches without reading a word; put `; if COND: LABEL` behind the step that read it"
-                )
+                raise ProgramError("branches without reading a word; put `; if COND: LABEL` behind the step that read it")
             return Step(label, text, "read", word, condition=self.check(condition, word), target=found[2])
         if found := match(r"wait (.+)"):
             guard = expression(found[1])
@@ -501,9 +489,7 @@ def _lines(text: str) -> tuple[tuple[Word, ...], dict[str, tuple[tuple[str, str]
         elif line[0].isspace() and path is not None and (found := _STEP.match(line.strip())):
             path.append((found["label"], found["body"]))
         else:
-            raise ProgramError(
-                f"{line!r} is neither a word, nor `path:`, nor an indented `LABEL STEP`, nor `oops: COND`"
-            )
+            raise ProgramError(f"{line!r} is neither a word, nor `path:`, nor an indented `LABEL STEP`, nor `oops: COND`")
     if not words or not paths:
         raise ProgramError("a protocol needs at least one `word NAME` and one `path:` with steps")
     return tuple(words), {name: tuple(steps) for name, steps in paths.items()}, bad
@@ -526,18 +512,14 @@ def _path(
     labels = [step.label for step in steps]
     for label in labels:
         if labels.count(label) > 1 or label in (DONE, OOPS):
-            raise ProgramError(
-                f"{name}: the label {label} {'is reserved' if label in (DONE, OOPS) else 'stands twice'}"
-            )
+            raise ProgramError(f"{name}: the label {label} {'is reserved' if label in (DONE, OOPS) else 'stands twice'}")
     first = {label.partition("[")[0]: label for label in reversed(labels)}  # a repeated step is entered at its first
 
     def resolve(step: Step, label: str) -> str:
         if label in ("", DONE, OOPS):
             return label
         if label not in first:
-            raise ProgramError(
-                f"{name}: `{step.label} {step.text}` leads to {label}; there are {', '.join(first)}, done, oops"
-            )
+            raise ProgramError(f"{name}: `{step.label} {step.text}` leads to {label}; there are {', '.join(first)}, done, oops")
         return first[label]
 
     linked = [
@@ -590,20 +572,14 @@ class Program:
         if not self.actors or not all(self.actors):
             raise ProgramError("every actor needs a path to run, and there must be one actor at least")
         if len(self.marks) != len(self.actors) or min(self.marks) < 1:
-            raise ProgramError(
-                f"marks are {self.marks}; expected one for each of {len(self.actors)} actors, none below 1"
-            )
+            raise ProgramError(f"marks are {self.marks}; expected one for each of {len(self.actors)} actors, none below 1")
         self.words = tuple(
             Word(each(word.name), tuple(Part(each(part.name), self._size(part), part.start) for part in word.parts))
             for word in declared
             for each in self._copies(word)
         )
         self.marked = frozenset(  # parts that hold a vCPU's mark
-            each(part.name)
-            for word in declared
-            for each in self._copies(word)
-            for part in word.parts
-            if part.size == VCPU
+            each(part.name) for word in declared for each in self._copies(word) for part in word.parts if part.size == VCPU
         )
         for part in self.parts:
             if not 0 <= part.start < part.size:

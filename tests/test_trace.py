@@ -466,15 +466,7 @@ FRAGMENT = st.sampled_from(
     SHORT.splitlines()[12::90]
     + [line for path in PUBLIC for line in path.read_bytes().splitlines()[4::9]]
     + [b"CPU:3 [LOST 12 EVENTS]", b"x: kvm_pag=", b"e_fault: address 1 error_code 2", b"info1 0x1 info2 0x2", b"", b"="]
-    + [
-        b"> a-1 [0] .... 1.2: kvm_page_fault: address",
-        b"> 84d000 error_code 4",
-        b"ring 0:",
-        b"\x1f\x8b",
-        b"12: 13: :",
-        b">1:",
-        b"a-1 [0] 1.5: ",
-    ]
+    + [b"> a-1 [0] .... 1.2: kvm_page_fault: address", b"> 84d000 error_code 4", b"ring 0:", b"\x1f\x8b", b"12: 13: :", b">1:", b"a-1 [0] 1.5: "]
 )
 
 

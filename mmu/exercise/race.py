@@ -70,9 +70,7 @@ def repair(
             if not all(ended):
                 return Result(False, f"Not yet: safe, but with {n} vCPUs some schedule ends and wp was never set.")
             counted.append(f"{len(game.states):,}")
-        return Result(
-            True, f"Right: {' and '.join(counted)} states with {' and '.join(map(str, sizes))} vCPUs, no OOPS."
-        )
+        return Result(True, f"Right: {' and '.join(counted)} states with {' and '.join(map(str, sizes))} vCPUs, no OOPS.")
 
     return answer
 
@@ -125,3 +123,4 @@ def number(right: int, hint: str) -> Callable[[int], Result]:
 
 def _said(move: Move) -> str:
     return f"vCPU {move.actor}: {move.text}"
+

@@ -119,7 +119,7 @@ def read_only_upgradable(layout: str) -> Callable[[Callable[[int], int]], Result
 
 
 def judged(word: int, pfn: int, layout: str) -> str:
-    """What a word that shall be read-only for the CPU and upgradable by KVM really is; :data:`WANTED` if it is that."""
+    """What a word that shall be read-only for the CPU and upgradable by KVM really is; ``WANTED`` if it is that."""
     form = spte.LAYOUTS[layout]
     reads = _cpu_allows(word, form, write=False)
     new, outcome = update.fast_page_fault(word, layout=layout)
