@@ -22,7 +22,7 @@ function render({ model, el }) {
     return { buttons, box: h("div", { class: "mmu-bits mmu-bits-spte", role: "group", "aria-label": "Bits of the spte" }, buttons) };
   });
   const word = h("code", { class: "mmu-spte-word" });
-  const cells = { "state": h("td", {}), "the CPU": h("td", {}) };
+  const means = h("td", {});
   const spoken = h("p", { class: "mmu-state", role: "status", "aria-live": "polite" });
   const undo = h("button", { type: "button", onclick: () => state.undo() }, "Undo");
 
@@ -30,13 +30,13 @@ function render({ model, el }) {
     const now = parse(value), table = tables[now.kind], { name, meaning } = states[table.state[now.word]];
     tabs.forEach((button, i) => button.setAttribute("aria-pressed", String(i === now.kind)));
     ribbons.forEach(({ box, buttons }, i) => {
+      if (i !== now.kind && box.contains(document.activeElement)) tabs[now.kind].focus(); // its switches go out of sight
       box.hidden = i !== now.kind;
       if (i === now.kind) buttons.forEach((button, j) =>
         button.setAttribute("aria-pressed", String(Boolean(now.word >> (buttons.length - 1 - j) & 1))));
     });
     word.textContent = hex(table, now.word);
-    cells.state.textContent = `${name}: ${meaning}`;
-    cells["the CPU"].textContent = sentences[table.cpu[now.word]];
+    means.textContent = meaning;
     spoken.textContent = `${now.said < 0 ? "" : sentences[now.said] + " Now "}${hex(table, now.word)}: ${name}; the CPU ${sentences[table.cpu[now.word]]}.`;
     undo.disabled = !state.depth;
   };
@@ -50,7 +50,7 @@ function render({ model, el }) {
     spoken,
     h("table", { class: "mmu-table" }, h("tbody", {},
       h("tr", {}, h("th", { scope: "row" }, "word"), h("td", {}, word)),
-      Object.entries(cells).map(([name, cell]) => h("tr", {}, h("th", { scope: "row" }, name), cell)))),
+      h("tr", {}, h("th", { scope: "row" }, "state"), means))),
     h("div", { class: "mmu-controls" }, actions.map((name, i) =>
       h("button", { type: "button", onclick: () => act(i) }, `${i} ${name}`))),
     h("div", { class: "mmu-controls" },
