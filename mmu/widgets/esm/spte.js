@@ -55,7 +55,7 @@ function render({ model, el }) {
       h("button", { type: "button", onclick: () => act(i) }, `${i} ${name}`))),
     h("div", { class: "mmu-controls" },
       undo, h("button", { type: "button", onclick: () => state.reset() }, "Reset"),
-      h("span", { class: "mmu-keys" }, "Keys: 0–4 let that happen, ← → kind of table, Tab and Space switch a bit, U undo, R reset")));
+      h("span", { class: "mmu-keys" }, "Click or Tab here, then: 0–4 let that happen, ← → kind of table, Tab and Space switch a bit, U undo, R reset")));
   const turn = (by) => choose((parse(state.value).kind + by + tables.length) % tables.length);
   onKeys(el, {
     ArrowLeft: () => turn(-1), ArrowRight: () => turn(1), u: () => state.undo(), r: () => state.reset(),

@@ -55,7 +55,7 @@ function render({ model, el }) {
       h("button", { type: "button", onclick: () => step(-1), "aria-label": "Previous case" }, "◀"),
       h("button", { type: "button", onclick: () => step(1), "aria-label": "Next case" }, "▶"),
       undo, h("button", { type: "button", onclick: () => state.reset() }, "Reset"),
-      h("span", { class: "mmu-keys" }, "Keys: ← → case, 1–4 this level denies, Tab and Space switch a right, A another access, U undo, R reset")));
+      h("span", { class: "mmu-keys" }, "Click or Tab here, then: ← → case, 1–4 this level denies, Tab and Space switch a right, A another access, U undo, R reset")));
   onKeys(el, {
     ArrowLeft: () => step(-1), ArrowRight: () => step(1), u: () => state.undo(), r: () => state.reset(),
     a: () => change({ access: (parse(state.value).access + 1) % accesses.length, level: 0 }),
