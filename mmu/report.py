@@ -23,13 +23,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmu import pfec, trace
+from mmu import pfec, spte, trace
 
-LAYOUTS = (
-    *("2012-ept", "2012-shadow", "3.6-ept", "3.6-shadow", "5.10-ept", "5.10-shadow"),
-    *("6.1-ept", "6.1-npt", "6.12-ept", "6.12-npt"),
-)
-"""The spte layouts that have a name; ``-npt`` also serves shadow paging from 5.13 on (facts 3.6, 3.7)."""
+LAYOUTS = tuple(spte.LAYOUTS)
 
 HOTTEST = 10
 DONE, UNUSABLE, STOPPED = 0, 2, 3

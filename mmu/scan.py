@@ -211,7 +211,8 @@ class Format:
         if "=" in kind:
             self._declare(name, np.uint64)
             flags = {flag.encode(): int(bit, 0) for flag, bit in (part.split("=") for part in kind.split(","))}
-            return (self._flags, name, flags, self._expect(f"{name} within 64 bits"))
+            expected = self._expect(f"a flag or a number behind | ({name})")
+            return (self._flags, name, flags, expected, self._expect(f"{name} within 64 bits"))
         if "|" in kind:
             self._declare(name, np.int8)
             choices = [choice.encode() for choice in kind.split("|")]
@@ -266,8 +267,11 @@ class Format:
             match.columns[name] = column if taken.all() else np.where(taken, column, before)
 
     def _blank(self, text: Text, match: Match, expectation: int) -> None:
-        match.fail(BLANK[text.bytes[match.at]] | BLANK[text.bytes[match.at - 1]], expectation)
-        match.at = text.skip(match.at, BLANK)
+        here = BLANK[text.bytes[match.at]]
+        if not here.all():
+            match.fail(here | BLANK[text.bytes[match.at - 1]], expectation)
+        at = match.at + here
+        match.at = text.skip(at, BLANK) if BLANK[text.bytes[at]].any() else at  # nearly always one blank
 
     def _word(self, text: Text, match: Match, word: bytes, expectation: int) -> None:
         found = text.looking_at(match.at, word)
@@ -296,7 +300,7 @@ class Format:
         good = end > at
         if pointer and not good.all():
             close = text.next(at, b")")
-            hidden = ~good & (text.bytes[at] == ord("(")) & (close - at < 24)
+            hidden = ~good & (text.bytes[at] == ord("(")) & (close < text.next(at, b"\n"))
             value, end, good = (
                 np.where(hidden, np.uint64(MISSING), value),
                 np.where(hidden, close + 1, end),
@@ -308,11 +312,14 @@ class Format:
         if name:
             match.columns[name] = value
 
-    def _flags(self, text: Text, match: Match, name: str, flags: dict[bytes, int], too_big: int) -> None:
+    def _flags(
+        self, text: Text, match: Match, name: str, flags: dict[bytes, int], expectation: int, too_big: int
+    ) -> None:
         value = np.zeros(len(match.at), dtype=np.uint64)
         at = match.at.copy()
         reading = match.ok.copy()
         over = np.zeros(len(at), dtype=np.bool_)
+        broken = np.zeros(len(at), dtype=np.bool_)
         while reading.any():
             taken = np.zeros(len(at), dtype=np.bool_)
             for flag, bit in flags.items():
@@ -327,8 +334,10 @@ class Format:
                 over[number] |= too_wide
                 at[number] = end
                 taken[number] = True
+            broken |= reading & ~taken & (text.bytes[at - 1] == ord("|"))
             reading = taken & (text.bytes[at] == ord("|"))
             at += reading
+        match.fail(~broken, expectation)
         match.fail(~over, too_big)
         match.at = at
         if name:

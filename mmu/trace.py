@@ -624,7 +624,7 @@ def _piece(lines: bytes, first: int, soft: bool, last: bool) -> tuple[Trace, int
     unreadable = [Unreadable(line + first, parsed.reasons[line]) for line in sorted(parsed.reasons) if line < n]
     other = int(np.count_nonzero(parsed.state[:n] == _OTHER))
     taken = len(lines) if n == len(given.starts) else int(given.starts[n]) - 1
-    return Trace(events, n, other, unreadable, _losses(text, n, first)), taken, bool(n and softs[n - 1])
+    return Trace(events, n, other, unreadable, _losses(text, parsed.state, n, first)), taken, bool(n and softs[n - 1])
 
 
 def _emptied(text: Text, lines: list[int]) -> Text:
@@ -758,19 +758,17 @@ _LOSS = re.compile(
 )
 
 
-def _losses(text: Text, n: int, first: int) -> NDArray[Any]:
+def _losses(text: Text, state: NDArray[np.int8], n: int, first: int) -> NDArray[Any]:
     """``CPU:3 [LOST 12 EVENTS]`` (trace-cmd: ``[12 EVENTS DROPPED]``) and the header of a buffer that ran over."""
-    raw = text.raw
-    at = []
-    for word in (b"LOST ", b"EVENTS DROPPED", b"entries-in-buffer"):
-        found = raw.find(word)
-        while found >= 0:
-            at.append(found)
-            found = raw.find(word, found + 1)
+    others = np.flatnonzero(state[:n] == _OTHER)
+    start = text.skip(text.starts[others], _QUOTE)
+    maybe = np.zeros(len(others), dtype=np.bool_)
+    for word in (b"CPU", b"LOST ", b"[LOST ", b"# entries"):
+        maybe |= text.looking_at(start, word)
     losses = []
-    for line in np.unique(text.line_of(np.array(at, dtype=np.intp))).tolist():
-        match = _LOSS.match(raw, text.starts[line], text.ends[line])
-        if match and line < n:
+    for line in others[maybe].tolist():
+        match = _LOSS.match(text.raw, text.starts[line], text.ends[line])
+        if match:
             events = int(match["lost"] or match["dropped"] or -1)
             if match["kept"]:
                 events = int(match["written"]) - int(match["kept"])
