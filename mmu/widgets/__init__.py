@@ -8,5 +8,7 @@ from mmu.widgets.codes import CodePlayer
 from mmu.widgets.player import Player, bundle, style
 from mmu.widgets.question import Question
 from mmu.widgets.race import RacePlayer
+from mmu.widgets.spte import SptePlayer
+from mmu.widgets.walk import WalkPlayer
 
-__all__ = ["CodePlayer", "Player", "Question", "RacePlayer", "bundle", "style"]
+__all__ = ["CodePlayer", "Player", "Question", "RacePlayer", "SptePlayer", "WalkPlayer", "bundle", "style"]
