@@ -109,8 +109,8 @@ def price_by_vcpus(
             axes.plot(other["vcpus"], value, marker="D", markersize=7, color=style[way]["color"], zorder=3)
             beside = {"ha": "right", "va": "center", "size": 9}
             text = f"another test, 2021: {words} {value:.1f} µs" if way == "built" else f"{words} {value:.2f} µs"
-            drop = 0 if way == "built" else -11
-            axes.annotate(text, (other["vcpus"], value), xytext=(-9, drop), textcoords="offset points", **beside)
+            lift = 0 if way == "built" else 19
+            axes.annotate(text, (other["vcpus"], value), xytext=(-9, lift), textcoords="offset points", **beside)
         axes.set_xscale("log", base=2)
         axes.set_xticks(table["vcpus"], [str(n) for n in table["vcpus"].tolist()])
         axes.minorticks_off()

@@ -43,13 +43,27 @@ the fast path. EPT without A/D bits and without PML, so that each page takes a f
 which the message does not repeat.
 """
 
-SERIES_2012 = {
-    "migration, EPT": ((309, 275, 289), (295, 259, 271)),
-    "migration, soft MMU": ((368, 292, 307), (341, 289, 275)),
+MIGRATION_2012 = {
+    "EPT": ((309, 275, 289), (295, 259, 271)),
+    "soft MMU": ((368, 292, 307), (341, 289, 275)),
 }
-"""Seconds (inferred) of three runs before and three after; migration with dbench, two vCPUs.
+"""Totals of three migrations with dbench before the series and of three after it, in seconds (the unit is inferred);
+guest with two vCPUs. Source: Xiao Guangrong, "[PATCH 00/13] KVM: MMU: fast page fault", 2012-03-29.
+"""
 
-Source: Xiao Guangrong, "[PATCH 00/13] KVM: MMU: fast page fault", 2012-03-29.
+X11PERF_2012 = {"EPT": (7060, 7150), "soft MMU": (6980, 7490)}
+"""Operations a second of ``x11perf -comppixwin500`` before and after; guest with four vCPUs. Source: as above."""
+
+VMCALL = 1529
+"""Cycles of the shortest way out of a guest and back, a ``vmcall``, on a Skylake server.
+
+Source: Wanpeng Li, "[PATCH v2] KVM: VMX: Micro-optimize vmexit time when not exposing PMU", 2020-03-13.
+"""
+
+WORLD_SWITCH = (2000, 2.93)
+"""Cycles of a VM exit and entry themselves, and the machine's GHz: Xeon X5570, Linux 2.6.34.
+
+Source: Landau, Ben-Yehuda, Gordon, "SplitX: Split Guest/Hypervisor Execution on Multi-Core".
 """
 
 

@@ -78,7 +78,7 @@ def _published() -> list[tuple[float, int]]:
 
 def _cost(seconds: float, vcpus: int, digits: int, exact: float) -> Case:
     said = f"{vcpus} vCPUs, {seconds:.3f} s for 1 GiB each"
-    return Case({"seconds": seconds, "vcpus": vcpus, "gib": 1}, round(float(exact), digits), said)
+    return Case({"seconds": seconds, "vcpus": vcpus, "gib": 1}, round(float(exact), digits or None), said)
 
 
 def dirty_rounds(recording: Trace) -> Callable[[Sequence[int]], Result]:
@@ -94,8 +94,8 @@ def dirty_rounds(recording: Trace) -> Callable[[Sequence[int]], Result]:
         wrong = next(i for i, (mine, its) in enumerate(zip(told, reported, strict=True)) if mine != its)
         return Result(
             False,
-            f"Not yet: round {wrong} (counting from 0): you answered {told[wrong]}, KVM reported {reported[wrong]} "
-            "dirty pages, and each was noted at one fault.",
+            f"Not yet: in round {wrong} (counting from 0) you counted {told[wrong]} faults, and KVM reported "
+            f"{reported[wrong]} dirty pages.",
         )
 
     return answer
