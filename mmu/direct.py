@@ -348,6 +348,7 @@ class DirectMMU:
             where = np.repeat(slot, PREFETCH).reshape(at.shape)[fill]
             self.sptes[target] = self._make(memory.frames(where, target), prefetch=True)
             self.rights[target] = bits.rights(self.sptes[target])
+            self.mmio[target] = -1
 
     def _set_w(self, t: Touches, block: Index, large: Bools, gfn: Index) -> None:
         self.sptes[t.index[~large]] |= self.bits.w
@@ -408,8 +409,10 @@ class DirectMMU:
         self.rights[index[small]] &= ~CAN_WRITE
 
     def log_cleared(self, slot: Slot, index: Index) -> None:
-        """KVM_CLEAR_DIRTY_LOG found these pages dirty: huge pages that were left alone until now (initially-all-set) are
-        split or write-protected. :meth:`protect` sees to the small ones."""
+        """KVM_CLEAR_DIRTY_LOG found these pages dirty: huge pages left alone until now (initially-all-set) are split.
+
+        Those that cannot be split are write-protected for good; :meth:`protect` sees to the small ones.
+        """
         if not (self.memory.manual and self.memory.initially_set and index.size):
             return
         page = index - slot.first
@@ -417,10 +420,10 @@ class DirectMMU:
         last = np.append(word[1:] != word[:-1], True)
         head = np.append(True, last[:-1])
         low, high = slot.base + page[head], slot.base + page[last]  # (bitmap word,)
+        blocks = np.unique(np.concatenate([low, high]) // HUGE_PAGES)
         if self.kernel.eager_page_split and self.kernel.uses_tdp_mmu:
-            some = high > low  # KVM splits from the word's first page to before its last: nothing where they are one
-            self._split_at(slot, np.unique(np.concatenate([low[some], high[some] - 1]) // HUGE_PAGES))
-        self._protect_large(slot, np.unique(np.concatenate([low, high]) // HUGE_PAGES), for_good=True)
+            self._split_at(slot, blocks)
+        self._protect_large(slot, blocks, for_good=True)
 
     def _large_blocks(self, slot: Slot, number: Index) -> tuple[NDArray[np.int16], Index, Index]:
         gfn = number * HUGE_PAGES

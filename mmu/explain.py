@@ -7,6 +7,7 @@ observation is explained when some order of the changes, within those bounds, sh
 
 :func:`explain` gives one verdict for each fault, fast-path event, return and dirty bitmap. Rules:
 
+- lines follow one another in time;
 - a vCPU's faults follow its accesses in program order, and the accesses in between must have been able to succeed;
 - P and W of an error code match a state the spte could have had while the guest ran;
 - a direct MMU prints a fast-path event for each write-protect fault, and its old spte, outcome and return agree; two
@@ -16,6 +17,7 @@ observation is explained when some order of the changes, within those bounds, sh
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +25,8 @@ from numpy.typing import NDArray
 
 from mmu import scenario, trace
 from mmu.host import PAGE
-from mmu.kernel import RETURNS, Masks
+from mmu.kernel import RETURN_NUMBERS, Masks
+from mmu.play import kernel_of
 from mmu.scenario import DirtyClear, DirtyGet, EnableCap, Gmap, Host, Memslot, Run, Scenario
 
 Ints = NDArray[np.int64]
@@ -60,7 +63,7 @@ class Changes(NamedTuple):
 def races(scene: Scenario) -> bool:
     """Whether anything overlaps a run in time: another vCPU's run, or a call that looks at or changes the slots."""
     runs = sorted(scene.runs, key=lambda run: run.ns)
-    overlap = any(a.ns_end > b.ns and a.vcpu != b.vcpu for a, b in zip(runs, runs[1:], strict=False))
+    overlap = any(a.ns_end > b.ns and a.vcpu != b.vcpu for a, b in pairwise(runs))
     begin = np.array([run.ns for run in runs], dtype=np.int64)
     end = np.maximum.accumulate(np.array([run.ns_end for run in runs], dtype=np.int64)) if runs else begin
     calls = np.array(
@@ -106,10 +109,9 @@ class Explainer:
     def __init__(self, t: trace.Trace, scene: Scenario, seen: Any) -> None:
         self.t, self.scene, self.seen = t, scene, seen
         self.shadow = not scene.nested_paging and scenario.paging_format(scene) is not None
-        release = "6.12" if "kvm_tdp_page_fault_ret" in t or "fast_page_fault_ret" in t else "6.1"
-        numbers = (0, 1, 2, 2, 3, 4, 5) if release == "6.1" else (0, 1, 2, 3, 4, 5, 6)
-        self.name = dict(zip(numbers, RETURNS, strict=True))
-        self.bits = Masks(f"{release}-npt")
+        kernel = kernel_of(scene)
+        self.name = {number: name for name, number in RETURN_NUMBERS[kernel.release].items()}
+        self.bits = Masks(kernel.layout)
         self._lines()
         self.gpa_page: dict[int, int] = {}
         for gmap in scene.of(Gmap):
@@ -130,6 +132,8 @@ class Explainer:
         every = every[np.argsort(every["line"], kind="stable")]
         self.line, self.ns = every["line"].astype(np.int64), every["ns"].astype(np.int64)
         self._task_key = np.sort(every["pid"].astype(np.int64) << 40 | self.line)
+        late = self.ns < np.maximum.accumulate(self.ns) - GRAIN if self.ns.size else np.zeros(0, dtype=np.bool)
+        self.late = self.line[late]
         entries = self.t["kvm_entry"]
         self._entry_key = np.sort(entries["pid"].astype(np.int64) << 40 | entries["line"])
 
@@ -356,6 +360,7 @@ class Explainer:
         nested = code >> np.uint64(32) != 0
         usual &= nested == self.scene.nested_paging
         usual &= ~nested | (code & np.uint64(4) != 0)
+        late = np.isin(line, self.late)
         out = []
         for row in range(keep.size):
             reason = ("", "no access of the vCPU's run is left for it", "an access before it would have had to fault")[
@@ -366,6 +371,8 @@ class Explainer:
             elif not could[row]:
                 state = ("absent", "write-protected")[int(present[row])]
                 reason = f"the spte could not be {state} then"
+            elif late[row]:
+                reason = "it comes after lines that are later"
             what = f"vCPU {seen.vcpu[keep[row]]} address {int(seen.address[keep[row]]):#x} code {int(code[row]):#x}"
             out.append(Verdict("faults", int(line[row]), what, reason))
         return out
@@ -395,7 +402,8 @@ class Explainer:
             pair = np.stack([self.gfn, (events["old"] >> self.bits.frame).astype(np.int64)], axis=1)
             installed = {(int(g), int(f) & ((1 << 40) - 1)) for g, f in self.installed}
             known = np.array([(int(g), int(f) & ((1 << 40) - 1)) in installed for g, f in pair], dtype=np.bool)
-            reason[here & ~known] = "no such page was ever mapped there"
+            there = events["old"] & self.bits.present != 0
+            reason[here & there & ~known] = "no such page was ever mapped there"
             other = (events["gva"] >> np.uint64(12)).astype(np.int64) != self.gfn
             reason[here & (other | (events["vcpu"] != seen.vcpu[keep]))] = (
                 "it is for another page or vCPU than the fault"
@@ -420,10 +428,8 @@ class Explainer:
         key = c.gfn[clears] << 40 | np.minimum(c.t1[clears], (1 << 40) - 1)
         first, second = rows[pairs], rows[pairs + 1]
         earliest = np.searchsorted(key, self.gfn[first] << 40 | begin[first])
-        head = np.append(True, gfn[pairs][1:] != gfn[pairs][:-1])
         rank = np.arange(pairs.size, dtype=np.int64)
         taken = np.maximum.accumulate(earliest - rank) + rank  # each pair its own: at least one further than the last
-        del head
         safe = np.minimum(taken, max(clears.size - 1, 0))
         fine = (taken < clears.size) & (c.gfn[clears[safe]] == self.gfn[first]) & (c.t0[clears[safe]] <= end[second])
         reason[second[~fine]] = "the page was repaired already, and nobody write-protected it since"
@@ -458,15 +464,15 @@ class Explainer:
         legal = np.where(fixed, said == "FIXED", np.where(spurious, said == "SPURIOUS", False))
         legal |= slow & own & (said == "INVALID")
         legal |= slow & ~own & (said == "FIXED") & mapped
-        legal |= slow & ~own & (said == "SPURIOUS") & ~mapped & np.where(store, rw, rw | ro)
+        legal |= slow & ~own & (said == "SPURIOUS") & np.where(store, rw, rw | ro)
         legal |= slow & ~own & (said == "RETRY") & ~mapped & other
         for row in range(len(rows)):
             reason = "" if legal[row] else "it does not go together with the fault's events"
             out.append(Verdict("returns", int(line[row]), f"returned {int(number[row])} ({said[row]})", reason))
-        answered = np.zeros(self.keep.size, dtype=np.bool)
-        answered[at[~own]] = True
-        for row in np.flatnonzero(~answered).tolist() if len(rows) else ():
-            out.append(Verdict("returns", int(seen.line[self.keep[row]]), "none", "the fault's return is missing"))
+        answers = np.bincount(at[~own], minlength=self.keep.size)
+        for row in np.flatnonzero(answers != 1).tolist() if len(rows) else ():
+            what, reason = f"{answers[row]} returns", "a fault returns once"
+            out.append(Verdict("returns", int(seen.line[self.keep[row]]), what, reason))
         return out
 
     def _bitmaps(self) -> list[Verdict]:
@@ -498,8 +504,8 @@ class Explainer:
             wrong = np.flatnonzero((bits & ~maybe) | (~bits & surely))
             reason = ""
             if wrong.size:
-                gfn = first + int(wrong[0])
-                reason = f"gfn {gfn:#x} is {'set without' if bits[wrong[0]] else 'clear in spite of'} a store; {wrong.size} pages in all"
+                how = "set without" if bits[wrong[0]] else "clear in spite of"
+                reason = f"gfn {first + int(wrong[0]):#x} is {how} a store; {wrong.size} pages in all"
             out.append(Verdict("bitmaps", begin, f"slot {event.slot}, dirty log {event.seq}", reason))
             started[event.slot] = (begin, end, bits)
         return out

@@ -35,6 +35,12 @@ RETURNS = ("none", "RETRY", "EMULATE", "WRITE_PROTECTED", "INVALID", "FIXED", "S
     7, dtype=np.uint8
 )
 
+RETURN_NUMBERS = {
+    "6.1": dict(zip(RETURNS, (0, 1, 2, 2, 3, 4, 5), strict=True)),
+    "6.12": dict(zip(RETURNS, (0, 1, 2, 3, 4, 5, 6), strict=True)),
+}
+"""The number of each return (``RET_PF_*``), as the kernel's probes print it."""
+
 POLICIES = ("none", "2012", "3.6", "6.1", "6.12")
 """Who repairs write-protect faults without the lock: nobody; every MMU; direct MMUs; the same, but only 4K sptes."""
 

@@ -103,7 +103,7 @@ class Descent(NamedTuple):
 
     @property
     def user_page(self) -> Bools:
-        """U in every entry on the way: what SMEP and SMAP call a user page (guest formats)."""
+        """U in every entry on the way, what SMEP and SMAP call a user page (guest formats)."""
         return self.rights & U != 0
 
     @property
@@ -213,6 +213,22 @@ _DENIES_FETCH, _RESERVED, _ENTRY_LOW = 1, 8, 32
 _ACCESS = np.uint8(CODE_W | CODE_U | CODE_F)
 _BLOCK = 1 << 16  # pairs at a time: their words stay in the cache between one step and the next
 NO_FAULT = -1
+
+
+def access_bits(write: Flags = False, fetch: Flags = False, user: Flags = False) -> NDArray[np.uint8]:
+    """What accesses are, as the bits W, U and F that an error code would have.
+
+    Raises:
+        ValueError: some access both writes and fetches.
+
+    >>> access_bits(write=np.array([False, True]), user=True).tolist()
+    [4, 6]
+    """
+    write, fetch, user = (np.asarray(flag, dtype=np.bool) for flag in (write, fetch, user))
+    if (write & fetch).any():
+        raise ValueError("an access is both write and fetch; expected read, write or fetch")
+    bits = (flag * np.uint8(bit) for flag, bit in ((write, CODE_W), (fetch, CODE_F), (user, CODE_U)))
+    return np.asarray(sum(bits, np.uint8(0)), dtype=np.uint8)
 
 
 def decisions(

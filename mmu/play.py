@@ -68,6 +68,7 @@ class Prediction:
 
     Attributes:
         faults: every fault, in order  # (fault,) of dtype FAULT.
+        epoch: how many dirty logs were fetched before each  # (fault,).
         injected: vCPU, error code, whether injected again, in order.
         values: results of reads, error codes and addresses of #PFs.
         bitmaps: one for each KVM_GET_DIRTY_LOG.
@@ -77,6 +78,7 @@ class Prediction:
 
     kernel: Kernel
     faults: NDArray[np.void] = field(default_factory=lambda: np.zeros(0, dtype=FAULT))
+    epoch: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     injected: list[tuple[int, int, bool]] = field(default_factory=list)
     values: list[Item] = field(default_factory=list)
     bitmaps: list[Item] = field(default_factory=list)
@@ -124,6 +126,7 @@ class Player:
         self.guest = Guest(self.out.kernel)
         self.backings: dict[int, Backing] = {}  # by host address
         self.faults: list[NDArray[np.void]] = [self.out.faults]
+        self.epochs: list[NDArray[np.int64]] = [self.out.epoch]
         self.child = False  # a forked child is alive
         self.full: list[DirtyRing] = []  # harvests of full rings, to happen within the next run
         self.runs = 0
@@ -142,6 +145,7 @@ class Player:
             if type(event) in self.do:
                 self.do[type(event)](event, place)
         self.out.faults = np.concatenate(self.faults)
+        self.out.epoch = np.concatenate(self.epochs)
         return self.out
 
     # Setting up ------------------------------------------------------------------------------------------------------
@@ -239,6 +243,7 @@ class Player:
         self.out.injected += [(run.vcpu, code, again) for _, _, code, again in sorted(events)]
         faults["access"] = own[faults["access"]]
         self.faults.append(faults)
+        self.epochs.append(np.full(faults.shape, len(self.out.bitmaps), dtype=np.int64))
         mine = own >= 0
         self._values(run, result.value[mine], result.fault[mine], result.code[mine])
 

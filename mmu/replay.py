@@ -17,17 +17,11 @@ from numpy.typing import NDArray
 
 from mmu import explain, scenario, trace
 from mmu.host import PAGE
-from mmu.kernel import FAST_FIXED, RET_FIXED, RET_INVALID, RET_NONE, RETURNS, SPURIOUS
+from mmu.kernel import FAST_FIXED, RET_FIXED, RET_INVALID, RET_NONE, RETURN_NUMBERS, RETURNS, SPURIOUS
 from mmu.places import vcpu_of
 from mmu.play import Prediction, predict
 from mmu.scenario import Gmap, Memslot, Scenario
 from mmu.spte import layout_named
-
-NUMBERS = {
-    "6.1": dict(zip(RETURNS, (0, 1, 2, 2, 3, 4, 5), strict=True)),
-    "6.12": dict(zip(RETURNS, (0, 1, 2, 3, 4, 5, 6), strict=True)),
-}
-"""What a return is called and the number that the kernel's probe prints for it (``RET_PF_*``)."""
 
 KINDS = ("faults", "fast", "returns", "injected", "values", "bitmaps")
 
@@ -37,7 +31,8 @@ class Recorded:
     """The faults of a trace and what KVM said of each: columns ``# (fault,)``.
 
     ``fast`` is -1 where no fast_page_fault event was printed, else spurious | fixed << 1 | W of old << 2; ``row`` is
-    its row among the fast_page_fault events. ``returns`` are the probes' lines: (line, vcpu, fault, fast path's own,
+    its row among the fast_page_fault events; ``epoch`` how many dirty logs the client had fetched by then, as its
+    markers say, of ``markers`` in all. ``returns`` are the probes' lines: (line, vcpu, fault, fast path's own,
     number), ``injected`` (line, vcpu, code, again).
     """
 
@@ -47,6 +42,8 @@ class Recorded:
     code: NDArray[np.uint64]
     fast: NDArray[np.int64]
     row: NDArray[np.int64]
+    epoch: NDArray[np.int64]
+    markers: int
     returns: NDArray[np.int64]  # (return, 5)
     injected: NDArray[np.int64]  # (injection, 4)
 
@@ -82,6 +79,8 @@ def recorded(t: trace.Trace) -> Recorded:
             part = np.stack([probe["line"], vcpu[whose], whose, own, probe["ret"]], axis=1)
             parts.append(part[whose >= 0].astype(np.int64))
     returns = np.concatenate(parts)
+    marks = t["tracing_mark_write"]
+    gets = marks["line"][np.char.startswith(marks["text"], b"DIRTY_GET_BEGIN")]
     shots = t["kvm_inj_exception"]
     shots = shots[shots["exception"] == b"#PF"]
     injected = np.stack(
@@ -89,8 +88,9 @@ def recorded(t: trace.Trace) -> Recorded:
          shots["reinjected"].astype(np.int64)], axis=1,
     )  # fmt: skip
     return Recorded(
-        faults["line"].astype(np.int64), vcpu, faults["address"].astype(np.uint64), faults["error_code"].astype(np.uint64),
-        fast, row, returns[np.argsort(returns[:, 0], kind="stable")], injected.astype(np.int64),
+        faults["line"].astype(np.int64), vcpu, faults["address"], faults["error_code"], fast, row,
+        np.searchsorted(gets, faults["line"]), len(gets), returns[np.argsort(returns[:, 0], kind="stable")],
+        injected.astype(np.int64),
     )  # fmt: skip
 
 
@@ -110,10 +110,13 @@ def check(source: trace.Source, scene: Scenario | dict[str, Any], layout: str | 
         ValueError: the object is no scenario, or no such layout. OSError: the trace cannot be read.
     """
     scene = scenario.parse(json.dumps(scene)) if isinstance(scene, dict) else scene
-    t = trace.read(source)
-    said = predict(scene)
-    seen = recorded(t)
+    return compare(trace.read(source), scene, predict(scene), layout)
+
+
+def compare(t: trace.Trace, scene: Scenario, said: Prediction, layout: str | None = None) -> dict[str, Any]:
+    """The same for a trace already read and a prediction already made; see :func:`check`."""
     form = layout_named(layout or said.kernel.layout)
+    seen = recorded(t)
     out = Comparison(said, seen, scene)
     if explain.races(scene):
         out.explain(explain.explain(t, scene, seen))
@@ -175,10 +178,13 @@ class Comparison:
         seen, said = self.seen, self.said.faults
         keep = self.outside(seen.address)
         mine = said[self.outside(said["address"])]
-        numbers = NUMBERS[self.said.kernel.release]
+        numbers = RETURN_NUMBERS[self.said.kernel.release]
         fixed, spurious = mine["path"] == FAST_FIXED, mine["path"] == SPURIOUS
         w = (mine["old"] >> np.uint64(1) & np.uint64(1)).astype(np.int64)
         fast = np.where(mine["printed"], spurious | fixed.astype(np.int64) << 1 | w << 2, np.int64(-1))
+        marked = np.uint64(seen.markers == len(self.said.bitmaps))
+        epoch = self.said.epoch[self.outside(said["address"])].astype(np.uint64) * marked
+        seen_epoch = seen.epoch.astype(np.uint64) * marked
         places = seen.returns[keep[seen.returns[:, 2]]]
         ret = np.array([numbers[name] for name in RETURNS], dtype=np.int64)[mine["ret"]]
         called = mine["ret"] != RET_NONE
@@ -193,8 +199,10 @@ class Comparison:
         for vcpu in np.unique(np.concatenate([mine["vcpu"], seen.vcpu[keep]])).tolist():
             a, b = mine["vcpu"] == vcpu, keep & (seen.vcpu == vcpu)
             lines = seen.line[b]
-            self.align("faults", np.stack([mine["address"][a], mine["code"][a]], axis=1),
-                       np.stack([seen.address[b], seen.code[b]], axis=1), lines, _fault_text)  # fmt: skip
+            # A fault on the other side of a dirty log is another fault.
+            mine_here = np.stack([mine["address"][a], mine["code"][a], epoch[a]], axis=1)
+            seen_here = np.stack([seen.address[b], seen.code[b], seen_epoch[b]], axis=1)
+            self.align("faults", mine_here, seen_here, lines, _fault_text)
             self.align("fast", fast[a][:, None], seen.fast[b][:, None], lines, _fast_text)
             r = places[places[:, 1] == vcpu]
             self.align("returns", column[column[:, 0] == vcpu][:, 1:], r[:, 3:], r[:, 0], _return_text)

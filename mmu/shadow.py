@@ -336,13 +336,13 @@ class ShadowMMU:
         del self.roots[cpu.number]
 
     def _sync_roots(self, cpu: Any) -> None:
-        """``kvm_mmu_sync_roots``: write-protect the unsync guest tables again, then bring their shadow pages up to date."""
+        """``kvm_mmu_sync_roots``: synchronise what lies below each root."""
         for page in self.roots[cpu.number].pages:
             if page >= 0:
                 self._sync_below(cpu, page)
 
     def _sync_below(self, cpu: Any, page: int) -> None:
-        """``mmu_sync_children``."""
+        """``mmu_sync_children``: write-protect the unsync guest tables, then bring their shadow pages up to date."""
         found = self._unsync_below(page)
         if not found:
             return
@@ -506,7 +506,7 @@ class ShadowMMU:
         return self._lead
 
     def _may_go_together(self, cpu: Any, part: Any, waiting: Index, serve: Index, page: Index) -> Index:
-        """Of the first faults of each group: those ahead of the first that needs a new shadow page, else that one alone.
+        """Of each group's first fault: those ahead of the first that needs a new shadow page, else that one alone.
 
         Of two that touch the same gfn by different addresses only the first goes: what it does to the page (a copy,
         for example) reaches the other through the reverse map.
@@ -643,8 +643,16 @@ class ShadowMMU:
         self._prefetch(cpu, page[again], entry[again])
 
     def _emulate(
-        self, cpu: Any, part: Any, which: Index, walk: Walk, at: Index, record: NDArray[np.void], rows: Bools, ret: np.uint8
-    ) -> None:  # fmt: skip
+        self,
+        cpu: Any,
+        part: Any,
+        which: Index,
+        walk: Walk,
+        at: Index,
+        record: NDArray[np.void],
+        rows: Bools,
+        ret: np.uint8,
+    ) -> None:
         """Stores to write-protected guest tables: KVM makes them itself, or gives up shadowing and lets them retry.
 
         An increment is no instruction that page tables are written with, so KVM unprotects the page for it.
@@ -703,7 +711,7 @@ class ShadowMMU:
                 alive[try_it] = self._prefetch_entries(cpu, page[try_it], here[try_it])
 
     def _prefetch_entries(self, cpu: Any, page: Index, entry: Index, *, logged_too: bool = False) -> Bools:
-        """``prefetch_gpte``: fill one spte of each page from the guest's entry, if that has A and the host has the page."""
+        """``prefetch_gpte``: fill one spte of each page, if the guest's entry has A and the host has the page."""
         memory = self.memory
         gpte = np.zeros(page.shape, dtype=np.uint64)
         access, gfn = np.zeros(page.shape, dtype=np.int64), np.zeros(page.shape, dtype=np.int64)

@@ -9,5 +9,17 @@ from mmu.widgets.fault import FaultPlayer
 from mmu.widgets.player import Player, bundle, style
 from mmu.widgets.question import Question
 from mmu.widgets.race import RacePlayer
+from mmu.widgets.spte import SptePlayer
+from mmu.widgets.walk import WalkPlayer
 
-__all__ = ["CodePlayer", "FaultPlayer", "Player", "Question", "RacePlayer", "bundle", "style"]
+__all__ = [
+    "CodePlayer",
+    "FaultPlayer",
+    "Player",
+    "Question",
+    "RacePlayer",
+    "SptePlayer",
+    "WalkPlayer",
+    "bundle",
+    "style",
+]
