@@ -88,6 +88,7 @@ def main(command, *paths):
             notebook = jupytext.read(path)
             for cell in notebook.cells:
                 cell.metadata.get("mystnb", {}).pop("image", None)  # `run` computes it
+            notebook.metadata["jupytext"] = {"notebook_metadata_filter": "kernelspec,jupytext,myst"}
             jupytext.write(notebook, text, fmt="md:myst")
             print(text)
         elif command == "fold":

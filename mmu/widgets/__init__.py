@@ -5,10 +5,21 @@ which shows it; :mod:`mmu.widgets.player` is what they share.
 """
 
 from mmu.widgets.codes import CodePlayer
+from mmu.widgets.fault import FaultPlayer
 from mmu.widgets.player import Player, bundle, style
 from mmu.widgets.question import Question
 from mmu.widgets.race import RacePlayer
 from mmu.widgets.spte import SptePlayer
 from mmu.widgets.walk import WalkPlayer
 
-__all__ = ["CodePlayer", "Player", "Question", "RacePlayer", "SptePlayer", "WalkPlayer", "bundle", "style"]
+__all__ = [
+    "CodePlayer",
+    "FaultPlayer",
+    "Player",
+    "Question",
+    "RacePlayer",
+    "SptePlayer",
+    "WalkPlayer",
+    "bundle",
+    "style",
+]
