@@ -147,6 +147,18 @@ class Board:
             bad[here] = total[here] if self.oops[here] else sum(bad[target] for target in targets)
         return bad[0], total[0]
 
+    def chance(self) -> float:
+        """How likely OOPS is when each move is drawn at random, all possible ones alike: what a random tester meets.
+
+        Raises:
+            ValueError: the graph has a cycle.
+        """
+        chance = np.zeros(len(self.states), dtype=np.float64)
+        for here in self._order():
+            moves = self.moves[here]
+            chance[here] = 1.0 if self.oops[here] else sum(chance[move.target] for move in moves) / max(1, len(moves))
+        return float(chance[0])
+
     def _order(self) -> list[int]:
         """The states, each after all that it leads to."""
         open_moves = [len(moves) for moves in self.moves]

@@ -40,7 +40,11 @@ def schedule(program: Program, memory: str) -> Callable[[str], Result]:
 
 
 def repair(
-    actors: Callable[[int], list[list[str]]], memory: str = "TSO", sizes: Iterable[int] = (2, 3), useful: str = "spte.w"
+    actors: Callable[[int], list[list[str]]],
+    memory: str = "TSO",
+    sizes: Iterable[int] = (2, 3),
+    useful: str = "spte.w",
+    always: str = "wp",
 ) -> Callable[[str], Result]:
     """Repair a protocol: the answer is its text; every interleaving of it must be safe, and it must still do its work.
 
@@ -48,7 +52,8 @@ def repair(
         actors: for a number of vCPUs, the paths that each runs.
         memory: ``"SC"`` or ``"TSO"``.
         sizes: the numbers of vCPUs to try, from few to many.
-        useful: the bit that some interleaving must set; a protocol that never does anything is safe as well.
+        useful: the part that some interleaving must set; a protocol that never does anything is safe as well.
+        always: the part that every interleaving must have set in the end, for the same reason.
 
     A wrong repair is answered with the shortest schedule that breaks it.
     """
@@ -66,11 +71,29 @@ def repair(
             values = [game.machine.unpack(state.shared)[useful] for state in game.states]
             if not any(values):
                 return Result(False, f"Not yet: safe, but with {n} vCPUs no schedule ever sets {useful}.")
-            ended = [game.machine.unpack(game.states[here].shared)["wp"] for here in game.ends()]
+            ended = [game.machine.unpack(game.states[here].shared)[always] for here in game.ends()]
             if not all(ended):
-                return Result(False, f"Not yet: safe, but with {n} vCPUs some schedule ends and wp was never set.")
+                return Result(False, f"Not yet: safe, but with {n} vCPUs some schedule ends without {always}.")
             counted.append(f"{len(game.states):,}")
         return Result(True, f"Right: {' and '.join(counted)} states with {' and '.join(map(str, sizes))} vCPUs, no OOPS.")
+
+    return answer
+
+
+def marks(run: Callable[[tuple[int, ...]], Program], sizes: Iterable[int], memory: str = "SC") -> Callable[..., Result]:
+    """Give out marks: the answer maps a number of vCPUs to their marks; ``run`` makes a program of them."""
+    sizes = tuple(sizes)
+
+    def answer(give: Callable[[int], Iterable[int]]) -> Result:
+        for n in sizes:
+            given = tuple(give(n))
+            try:
+                game = board(run(given), memory)
+            except ProgramError as error:
+                return Result(False, f"Not yet: {n} vCPUs get {given}. {error}")
+            if not game.safe:
+                return Result(False, f"Not yet: {n} vCPUs get {given}, and there is a way to OOPS.\n{lines(game.shortest())}")
+        return Result(True, f"Right: safe with {', '.join(map(str, sizes[:-1]))} and {sizes[-1]} vCPUs.")
 
     return answer
 
@@ -110,12 +133,14 @@ def lines(moves: Iterable[Move]) -> str:
     return "\n".join(f"{number:>4}  vCPU {move.actor}  {move.text}" for number, move in enumerate(moves, 1))
 
 
-def number(right: int, hint: str) -> Callable[[int], Result]:
-    """An exercise whose answer is one number that the package has computed; a wrong one is told the direction and a hint."""
+def count(game: Board) -> Callable[[int], Result]:
+    """How many schedules of a board end in OOPS; a wrong number is told the direction, and one schedule that does."""
+    right, total = game.count()
 
     def answer(guess: int) -> Result:
         if guess == right:
-            return Result(True, f"Right: {right:,}.")
+            return Result(True, f"Right: {right:,} of {total:,} schedules end in OOPS.")
+        hint = f"One that does: {' '.join(move.code for move in game.shortest())}." if right else "There is none."
         return Result(False, f"Not yet: {guess:,} is too {'few' if guess < right else 'many'}. {hint}")
 
     return answer
