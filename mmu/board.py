@@ -216,6 +216,21 @@ class Board:
             ways[here] = np.ones_like(below) if self.oops[here] else below
         return ways[0]
 
+    def ending(self, here: int) -> dict[str, int]:
+        """What the locals of all actors hold in a state, by name: the registers of a litmus test at its end."""
+        values: dict[str, int] = {}
+        for actor, local in zip(self.machine.actors, self.states[here].locals, strict=True):
+            values.update(actor.locals[local].values)
+        return values
+
+    def endings(self, *names: str) -> dict[tuple[int, ...], int]:
+        """How many schedules end with which values of these locals; the program must observe them."""
+        ways, counted = self.ways(), {}
+        for here in self.ends():
+            values = tuple(self.ending(here)[name] for name in names)
+            counted[values] = counted.get(values, 0) + int(ways[here])
+        return dict(sorted(counted.items()))
+
     def ends(self) -> list[int]:
         """The states in which nothing more can be done."""
         return [here for here, moves in enumerate(self.moves) if not moves]

@@ -79,7 +79,10 @@ class Diff:
         for path in self._paths():
             old, new = ([line for line in part if line.strip()] for part in (path[0], path[1]))
             if old != new:
-                told += [line for line in difflib.ndiff(old, new) if not line.startswith("?")]
+                for what, a, b, c, d in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+                    same = what == "equal"
+                    told += [("  " if same else "- ") + line for line in old[a:b]]
+                    told += [] if same else ["+ " + line for line in new[c:d]]
         return told
 
     def _paths(self) -> list[tuple[list[str], list[str]]]:

@@ -44,7 +44,8 @@ def repair(
     memory: str = "TSO",
     sizes: Iterable[int] = (2, 3),
     useful: str = "spte.w",
-    always: str = "wp",
+    always: str | None = "wp",
+    oops: str | None = None,
 ) -> Callable[[str], Result]:
     """Repair a protocol: the answer is its text; every interleaving of it must be safe, and it must still do its work.
 
@@ -53,7 +54,8 @@ def repair(
         memory: ``"SC"`` or ``"TSO"``.
         sizes: the numbers of vCPUs to try, from few to many.
         useful: the part that some interleaving must set; a protocol that never does anything is safe as well.
-        always: the part that every interleaving must have set in the end, for the same reason.
+        always: the part that every interleaving must have set in the end, for the same reason; None asks for none.
+        oops: the invariant that the text must keep; it may be any when None.
 
     A wrong repair is answered with the shortest schedule that breaks it.
     """
@@ -66,12 +68,14 @@ def repair(
                 game = board(Program(text, actors(n)), memory)
             except ProgramError as error:
                 return Result(False, f"Not yet: the text cannot be read. {error}")
+            if oops and game.machine.program.oops.text != oops:
+                return Result(False, f"Not yet: the text must keep its last line, oops: {oops}")
             if not game.safe:
                 return Result(False, f"Not yet: with {n} vCPUs there is a way to OOPS.\n{lines(game.shortest())}")
             values = [game.machine.unpack(state.shared)[useful] for state in game.states]
             if not any(values):
                 return Result(False, f"Not yet: safe, but with {n} vCPUs no schedule ever sets {useful}.")
-            ended = [game.machine.unpack(game.states[here].shared)[always] for here in game.ends()]
+            ended = [game.machine.unpack(game.states[here].shared)[always] for here in game.ends()] if always else []
             if not all(ended):
                 return Result(False, f"Not yet: safe, but with {n} vCPUs some schedule ends without {always}.")
             counted.append(f"{len(game.states):,}")
@@ -101,7 +105,10 @@ def marks(run: Callable[[tuple[int, ...]], Program], sizes: Iterable[int], memor
 def outcomes(program: Program, memory: str, names: tuple[str, str]) -> Callable[[Iterable[tuple[int, int]]], Result]:
     """Which values two locals can end with; the answer is a set of pairs."""
     game = board(program, memory)
-    found = reached(game, names)
+    found: dict[tuple[int, int], int] = {}
+    for here in game.ends():
+        values = game.ending(here)
+        found.setdefault((values[names[0]], values[names[1]]), here)
 
     def answer(pairs: Iterable[tuple[int, int]]) -> Result:
         given = set(pairs)
@@ -114,18 +121,6 @@ def outcomes(program: Program, memory: str, names: tuple[str, str]) -> Callable[
         return Result(False, f"Not yet: {wrong} never happens: none of the {len(game.states)} states ends so.")
 
     return answer
-
-
-def reached(game: Board, names: tuple[str, str]) -> dict[tuple[int, int], int]:
-    """For each pair of values that two observed locals end with, a state that ends so."""
-    found: dict[tuple[int, int], int] = {}
-    for here in game.ends():
-        values: dict[str, int] = {}
-        for actor, local in zip(game.machine.actors, game.states[here].locals, strict=True):
-            values.update(actor.locals[local].values)
-        if set(names) <= set(values):
-            found.setdefault((values[names[0]], values[names[1]]), here)
-    return dict(sorted(found.items()))
 
 
 def lines(moves: Iterable[Move]) -> str:
