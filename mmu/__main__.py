@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 from mmu import check as checking
-from mmu import pfec, report, spte
+from mmu import explore_cli, pfec, report, spte
 from mmu.bits import as_words
 
 DONE, DISAGREE, UNUSABLE, STOPPED = 0, 1, 2, 3
@@ -135,6 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
     two.add_argument("files", nargs="+", metavar="FILE", help="plain or gzipped; - is standard input")
     two.set_defaults(run=check)
 
+    explore_cli.add_parser(commands)
     report.add_parser(commands)
     for command in (one, two):
         command.add_argument("--json", action="store_true", help="print exactly one JSON object")

@@ -54,7 +54,7 @@ def codes(rule: str = pfec.LINUX_61_AD) -> Picture:
             axes.text(column + 0.5, row + 0.70, style["sign"], size=9, **middle)
         columns = ["|".join(n for n in "PWU" if pfec.PFEC.field(c, n)) or "none" for c in range(8)]
         axes.set_xticks(np.arange(8) + 0.5, columns)
-        axes.set_yticks(np.arange(4) + 0.5, ["neither", "RSVD", "F", "F|RSVD"])
+        axes.set_yticks(np.arange(4) + 0.5, ["no F, no RSVD", "RSVD", "F", "F|RSVD"])
         axes.set(xlim=(0, 8), ylim=(4, 0))
         axes.xaxis.tick_top()
         axes.tick_params(length=0)
@@ -76,6 +76,7 @@ def fault_codes(columns: Mapping[str, Sequence[tuple[int, int]]]) -> Picture:
     Bars of codes that Linux 6.1 may repair without the lock are solid, the others hatched. Chapter 2.
     """
     longest = max(len(pairs) for pairs in columns.values())
+    widest = max(n for pairs in columns.values() for _, n in pairs)
     findings = []
     with canvas(7.0, 0.8 + 0.3 * longest) as figure:
         for axes, (name, pairs) in zip(
@@ -89,8 +90,12 @@ def fault_codes(columns: Mapping[str, Sequence[tuple[int, int]]]) -> Picture:
                 box = {key: style[key] for key in ("facecolor", "edgecolor", "hatch")}
                 axes.barh(row, n, height=0.7, linewidth=1.2, **box)
                 axes.annotate(f"{n}", (n, row), xytext=(4, 0), textcoords="offset points", va="center", size=9)
-            axes.set_yticks(range(len(pairs)), [f"{pfec.PFEC.text(code)}  {code:#04x}" for code, _ in pairs], size=9)
-            axes.set(ylim=(longest - 0.4, -0.6), xlim=(0, 1.15 * pairs[0][1]), xlabel=f"faults, {name}")
+            axes.set_yticks(
+                range(len(pairs)),
+                [f"{pfec.PFEC.text(code) if code else 'none'}  {code:#04x}" for code, _ in pairs],
+                size=9,
+            )
+            axes.set(ylim=(longest - 0.4, -0.6), xlim=(0, 1.15 * widest), xlabel=f"faults, {name}")
             axes.tick_params(axis="y", length=0)
             axes.spines["left"].set_visible(False)
             top, most = pairs[0]
@@ -99,6 +104,48 @@ def fault_codes(columns: Mapping[str, Sequence[tuple[int, int]]]) -> Picture:
                 f"{fast} are candidates for the fast path"
             )
     return Picture(figure, "; ".join(findings) + ".")
+
+
+def three_walks() -> Picture:
+    """Which tables the CPU walks under shadow paging, NPT and EPT, who made them, and how a refusal is reported.
+
+    Chapter 2.
+    """
+    guest, kvm = {"facecolor": PAPER, "edgecolor": VCPU[0]}, {"facecolor": "#E9ECEF", "edgecolor": LOCK}
+    rows = [
+        ("shadow paging", [("shadow table", "made by KVM", kvm, 2)], "page fault", "error code"),
+        ("NPT (AMD)", [("guest's table", "made by the guest", guest, 1), ("nested table", "made by KVM", kvm, 1)],
+         "nested page fault", "EXITINFO1"),
+        ("EPT (Intel)", [("guest's table", "made by the guest", guest, 1), ("EPT table", "made by KVM", kvm, 1)],
+         "EPT violation", "exit qualification"),
+    ]  # fmt: skip
+    with canvas(7.0, 3.0) as figure:
+        axes = figure.add_subplot()
+        for row, (name, tables, event, number) in enumerate(rows):
+            axes.text(0, row, name, va="center", weight="bold")
+            place = 1.75
+            for label, maker, style, width in tables:
+                axes.add_patch(Rectangle((place, row - 0.34), 1.5 * width - 0.1, 0.68, linewidth=1.4, **style))
+                middle = place + 0.75 * width - 0.05
+                axes.text(middle, row - 0.12, label, ha="center", va="center", size=9)
+                axes.text(middle, row + 0.16, maker, ha="center", va="center", size=8, color=FAINT)
+                place += 1.5 * width
+            axes.annotate("", (5.25, row), (4.68, row), arrowprops={"arrowstyle": "->", "color": INK})
+            axes.text(5.32, row - 0.12, event, va="center", size=9)
+            axes.text(5.32, row + 0.16, f"with an {number}", va="center", size=8, color=FAINT)
+        heads = [(1.75, "guest virtual"), (3.25, "guest physical"), (4.65, "host physical")]
+        for place, head in heads:
+            axes.text(place, -0.72, f"{head}", ha="center", va="center", size=8, color=FAINT)
+            axes.plot([place, place], [-0.6, 2.45], color=FAINT, linewidth=0.6, linestyle=":", zorder=0)
+        axes.text(5.32, -0.72, "a refusal is reported as", va="center", size=8, color=FAINT)
+        axes.set(xlim=(0, 6.9), ylim=(2.5, -0.9))
+        axes.set_axis_off()
+    tables = ", ".join(f"{name}: {len(list(walked))}" for name, walked, _, _ in rows)
+    return Picture(
+        figure,
+        f"Tables between a guest virtual and a host physical address ({tables}). KVM makes the only table of shadow "
+        "paging and the second one of NPT and EPT; each of the three reports a refusal under another name.",
+    )
 
 
 # Words, bit by bit ---------------------------------------------------------------------------------------------------

@@ -64,7 +64,10 @@ def main(command, *paths):
             execute(path)
         elif command == "text":
             text.parent.mkdir(parents=True, exist_ok=True)
-            jupytext.write(jupytext.read(path), text, fmt="md:myst")
+            notebook = jupytext.read(path)
+            for cell in notebook.cells:
+                cell.metadata.get("mystnb", {}).pop("image", None)  # `run` computes it
+            jupytext.write(notebook, text, fmt="md:myst")
             print(text)
         elif command == "fold":
             if not path.exists() or written(text) != written(path):

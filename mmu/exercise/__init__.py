@@ -97,19 +97,23 @@ def altered(function: Callable[..., Any], old: str, new: str) -> Callable[..., A
 def count(what: str, counts: NDArray[np.bool]) -> Callable[[int], Result]:
     """An exercise whose answer is a number: how many entries of ``counts`` ``# (item,)`` are True.
 
-    >>> count("odd numbers", np.arange(5) % 2 == 1)(1)
-    Not yet: 1 is too few odd numbers of 5; number 1 (from 0) is one, number 3 is the next.
+    Args:
+        what: what each entry of ``counts`` stands for, in the plural.
+        counts: bool, True for those that the reader has to count.
+
+    >>> count("numbers", np.arange(5) % 2 == 1)(1)
+    Not yet: of 5 numbers, 1 is too few; the first is at place 1 (counting from 0), the next at 3.
     """
     places = np.flatnonzero(counts).tolist()
 
     def answer(guess: int) -> Result:
         if guess == len(places):
-            return Result(True, f"Right: {len(places)} {what} of {len(counts)}.")
+            return Result(True, f"Right: {len(places)} of {len(counts)} {what}.")
         amount = "few" if guess < len(places) else "many"
-        hint = "; there are none"
+        hint = "there are none"
         if places:
-            hint = f"; number {places[0]} (from 0) is one"
-            hint += f", number {places[1]} is the next" if places[1:] else " and the only one"
-        return Result(False, f"Not yet: {guess} is too {amount} {what} of {len(counts)}{hint}.")
+            hint = f"the first is at place {places[0]} (counting from 0), "
+            hint += f"the next at {places[1]}" if places[1:] else "and it is the only one"
+        return Result(False, f"Not yet: of {len(counts)} {what}, {guess} is too {amount}; {hint}.")
 
     return answer

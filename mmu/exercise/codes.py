@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 
 import numpy as np
+from numpy.typing import NDArray
 
-from mmu import pfec
+from mmu import pfec, trace
 from mmu.exercise import Case, Exercise
 
 
@@ -51,7 +52,7 @@ def qualifications() -> Exercise:
     )
 
 
-ROW_FLAGS = ("p", "w", "u", "nx", "rsvd", "wp", "nxe", "smep", "smap", "ac")
+ENTRY_FLAGS, CPU_FLAGS = ("p", "w", "u", "nx", "rsvd"), ("wp", "nxe", "smep", "smap", "ac")
 
 
 def recorded_faults(table: str) -> Exercise:
@@ -61,14 +62,30 @@ def recorded_faults(table: str) -> Exercise:
     ``wp nxe smep smap ac``, all bools.
     """
     rows = list(csv.DictReader(line for line in table.splitlines() if not line.startswith("#")))
-    rows.sort(key=lambda row: sum(row[name] == "1" for name in ROW_FLAGS))  # the plainest counterexample first
+    rows.sort(
+        key=lambda row: sum(row[name] == "1" for name in (*ENTRY_FLAGS, *CPU_FLAGS))
+    )  # the plainest counterexample first
     access = {"R": "read", "W": "write", "X": "fetch"}
     cases = []
     for row in rows:
-        flags = {name: row[name] == "1" for name in ROW_FLAGS}
+        flags = {name: row[name] == "1" for name in (*ENTRY_FLAGS, *CPU_FLAGS)}
         flags |= {"write": row["access"] == "W", "fetch": row["access"] == "X", "user": row["mode"] == "U"}
         mode = "user" if flags["user"] else "supervisor"
-        on = " ".join(name.upper() for name in ROW_FLAGS if flags[name]) or "nothing"
-        said = f"a {mode} {access[row['access']]} with {on} set"
+        entry, cpu = (
+            " ".join(name.upper() for name in names if flags[name]) or "nothing" for names in (ENTRY_FLAGS, CPU_FLAGS)
+        )
+        said = f"a {mode} {access[row['access']]}; set in the entry: {entry}; in the CPU: {cpu}"
         cases.append(Case(flags, None if row["err"] == "-" else int(row["err"], 16), said))
     return Exercise("recorded accesses", cases, show=lambda code: "no fault" if code is None else f"{code:#x}")
+
+
+def handed_back(recording: trace.Trace) -> NDArray[np.bool_]:
+    """Which ``kvm_page_fault`` events of a recording KVM handed back to the guest; bool ``# (fault,)``.
+
+    A fault was handed back when an exception was injected between it and the next time the guest was entered; a fault
+    with no entry after it counts as not handed back.
+    """
+    fault, entry, injected = (recording[name]["line"] for name in ("kvm_page_fault", "kvm_entry", "kvm_inj_exception"))
+    after = np.searchsorted(entry, fault)  # (fault,)
+    entered = np.append(entry, fault[-1:])[after]
+    return np.searchsorted(injected, entered) > np.searchsorted(injected, fault)

@@ -38,7 +38,8 @@ def test_code_player(visit, name):
             code = (code + (1 if key == "ArrowRight" else -1)) % 32
         sentence = "no fault carries this code" if pfec.impossible(code) else pfec.describe(code)
         flags = pfec.PFEC.text(code) if code else "none"
-        expect(player.locator(".mmu-state")).to_have_text(f"{code:#04x} {flags}: {sentence}")
+        heard = "; ".join(f"{rule}: {pfec.verdict(code, rule).verdict}" for rule in pfec.SOURCES)
+        expect(player.locator(".mmu-state")).to_have_text(f"{code:#04x} {flags}: {sentence}. {heard}.")
         pressed = player.locator(".mmu-bit").evaluate_all("bits => bits.map(bit => bit.ariaPressed)")
         assert pressed == [str(bool(code >> bit & 1)).lower() for bit in (4, 3, 2, 1, 0)]
         rows = player.locator("tbody tr").all()

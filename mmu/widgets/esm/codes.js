@@ -8,7 +8,7 @@ function render({ model, el }) {
   const step = (by) => state.set((state.value + by + codes.length) % codes.length);
 
   const switches = bits.map((bit, i) =>
-    h("button", { type: "button", class: "mmu-bit", title: bit.meaning, onclick: () => toggle(i) },
+    h("button", { type: "button", class: "mmu-bit", onclick: () => toggle(i) },
       h("span", { class: "mmu-bit-number" }, `bit ${i}`), h("span", { class: "mmu-bit-name" }, bit.name)));
   const spoken = h("p", { class: "mmu-state", role: "status", "aria-live": "polite" });
   const rows = rules.map((rule) => {
@@ -20,13 +20,14 @@ function render({ model, el }) {
   const draw = (code) => {
     const { flags, sentence, verdicts } = codes[code];
     switches.forEach((button, i) => button.setAttribute("aria-pressed", code >> i & 1 ? "true" : "false"));
-    spoken.textContent = `${hex(code)} ${flags}: ${sentence}`;
+    const heard = rules.map((rule, i) => `${rule.name}: ${verdicts[i].verdict}`).join("; ");
+    spoken.replaceChildren(`${hex(code)} ${flags}: ${sentence}`, h("span", { class: "mmu-heard" }, `. ${heard}.`));
     rows.forEach(({ verdict, reason }, i) => {
       verdict.textContent = SIGN[verdicts[i].verdict];
       verdict.dataset.verdict = verdicts[i].verdict;
       reason.textContent = verdicts[i].reason;
     });
-    undo.disabled = !state.depth;
+    grey(undo, !state.depth);
   };
   const state = history(start, draw);
 
@@ -34,6 +35,7 @@ function render({ model, el }) {
   el.append(
     h("div", { class: "mmu-bits", role: "group", "aria-label": "Bits of the error code" }, [...switches].reverse()),
     spoken,
+    h("ul", { class: "mmu-legend" }, bits.map((bit) => h("li", {}, h("b", {}, bit.name), ` ${bit.meaning}`)).reverse()),
     h("table", { class: "mmu-table" },
       h("thead", {}, h("tr", {}, ["rule", "verdict", "why"].map((t) => h("th", { scope: "col" }, t)))),
       h("tbody", {}, rows.map((row) => row.tr))),
@@ -41,7 +43,7 @@ function render({ model, el }) {
       h("button", { type: "button", onclick: () => step(-1), "aria-label": "Previous code" }, "◀"),
       h("button", { type: "button", onclick: () => step(1), "aria-label": "Next code" }, "▶"),
       undo, h("button", { type: "button", onclick: () => state.reset() }, "Reset"),
-      h("span", { class: "mmu-keys" }, "Keys: 0–4 toggle that bit, ← → step, U undo, R reset")));
+      h("span", { class: "mmu-keys" }, "Click or Tab here, then: 0–4 toggle that bit, ← → step, U undo, R reset")));
   onKeys(el, {
     ArrowLeft: () => step(-1), ArrowRight: () => step(1), u: () => state.undo(), r: () => state.reset(),
     ...Object.fromEntries(bits.map((_, i) => [String(i), () => toggle(i)])),

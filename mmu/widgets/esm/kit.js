@@ -14,7 +14,8 @@ const h = (tag, attributes = {}, ...children) => {
 
 // Keys of a player: {ArrowLeft: f, u: f}. They count while the focus is anywhere inside it. Keys that a player uses,
 // and every key inside its controls, stop here: JupyterLab in command mode would take them on their way up.
-const onKeys = (el, keys) =>
+const onKeys = (el, keys) => {
+  el.tabIndex = -1; // a click anywhere inside gives the player its keys; Tab finds its controls
   el.addEventListener("keydown", (event) => {
     const inside = event.target.matches("input, select, textarea, button");
     const action = event.ctrlKey || event.altKey || event.metaKey ? undefined
@@ -23,6 +24,10 @@ const onKeys = (el, keys) =>
     if (action && !native) { action(); event.preventDefault(); }
     if (inside || action) event.stopPropagation();
   });
+};
+
+// Grey a button out without taking its focus away, as `disabled` would: the next key must still find the player.
+const grey = (button, off) => button.setAttribute("aria-disabled", String(off));
 
 // A state with undo: state.value, state.set(v), state.undo(), state.reset(); draw(value) after each change.
 const history = (start, draw) => {

@@ -6,7 +6,10 @@ function render({ model, el }) {
     h("button", { type: "button", class: "mmu-choice", "aria-pressed": "false", onclick: () => choose(i) },
       `${i + 1}. ${answer}`));
   const choose = (i) => {
-    buttons.forEach((button, j) => button.setAttribute("aria-pressed", String(i === j)));
+    buttons.forEach((button, j) => {
+      button.setAttribute("aria-pressed", String(i === j));
+      button.dataset.sign = i !== j ? "" : i === right ? "✓" : "✗";
+    });
     said.textContent = `${i === right ? "✓ Yes." : "✗ No."} ${choices[i].because}`;
     said.dataset.right = String(i === right);
   };
@@ -14,7 +17,7 @@ function render({ model, el }) {
   el.append(
     h("p", { class: "mmu-asked" }, h("strong", {}, "Predict. "), question),
     h("div", { class: "mmu-choices", role: "group", "aria-label": "Answers" }, buttons), said,
-    h("span", { class: "mmu-keys" }, `Keys: 1–${choices.length} choose`));
+    h("span", { class: "mmu-keys" }, `Click or Tab here, then: 1–${choices.length} choose`));
   onKeys(el, Object.fromEntries(choices.map((_, i) => [String(i + 1), () => { buttons[i].focus(); choose(i); }])));
 }
 export default { render };
