@@ -97,7 +97,7 @@ class Board:
         vcpus = len(self.machine.actors)
         where = f"{self.machine.memory}, {vcpus} vCPUs, {len(self.states):,} states"
         if self.machine.program.forever:
-            return f"Safe: OOPS in none of the states ({where})." if self.safe else f"Broken: OOPS can be reached ({where})."
+            return f"Broken: OOPS after {self.left[0]} moves ({where})." if not self.safe else f"Safe: no OOPS anywhere ({where})."
         bad, total = self.count()
         if self.safe:
             return f"Safe: none of {total:,} schedules ends in OOPS ({where})."

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import numpy as np
+
+from mmu import spte
 from mmu.board import Board, Move, ScheduleError, board
-from mmu.exercise import Result
+from mmu.exercise import Case, Exercise, Result
 from mmu.program import Program, ProgramError
 
 
@@ -139,6 +142,34 @@ def count(game: Board) -> Callable[[int], Result]:
         return Result(False, f"Not yet: {guess:,} is too {'few' if guess < right else 'many'}. {hint}")
 
     return answer
+
+
+def usable_ids(widest: int = 10) -> Exercise:
+    """How many ids a field of ``width`` bits from bit ``low`` up has in an EPT spte of 2012; the answer takes both."""
+    form = spte.LAYOUTS["2012-ept"]
+    leaf = np.uint64(sum(form.bits[name].mask for name in ("R", "W", "X")))
+    cases = []
+    for width in range(1, widest + 1):
+        ids = np.arange(1, 1 << width, dtype=np.uint64)  # (id,)
+        for low in range(form.bits["PFN"].low + form.bits["PFN"].width, 65 - width):
+            lost = int(spte.is_mmio(leaf | ids << np.uint64(low), form).sum())
+            why = f"{lost} would make a writable, executable entry read as MMIO" if lost else ""
+            cases.append(Case({"low": low, "width": width}, len(ids) - lost, f"{width} bits from bit {low} up", why))
+    return Exercise("fields", cases)
+
+
+def slow_vcpus() -> Exercise:
+    """How many of ``vcpus`` vCPUs have no id of their own; the answer takes ``table`` ("ept" or "shadow") and ``vcpus``."""
+    return Exercise(
+        "virtual machines",
+        [
+            Case({"table": table, "vcpus": vcpus}, max(0, vcpus - spte.LAYOUTS[f"2012-{table}"].usable_ids), said)
+            for table, most in (("ept", 254), ("shadow", 160))
+            for vcpus in (1, 2, 64, 126, 127, 128, 129, 160, 253, 254)
+            if vcpus <= most
+            for said in [f"{vcpus} vCPUs on {table}"]
+        ],
+    )
 
 
 def _said(move: Move) -> str:

@@ -5,8 +5,9 @@ which shows it; :mod:`mmu.widgets.player` is what they share.
 """
 
 from mmu.widgets.codes import CodePlayer
+from mmu.widgets.idfield import IdFieldPlayer
 from mmu.widgets.player import Player, bundle, style
 from mmu.widgets.question import Question
 from mmu.widgets.race import RacePlayer
 
-__all__ = ["CodePlayer", "Player", "Question", "RacePlayer", "bundle", "style"]
+__all__ = ["CodePlayer", "IdFieldPlayer", "Player", "Question", "RacePlayer", "bundle", "style"]
