@@ -114,6 +114,31 @@ class Diff:
         return {"text/plain": repr(self), "text/html": page}, {}
 
 
+@dataclass(frozen=True)
+class Index:
+    """A list of games with what each shows, and a link that replays its loaded schedule on the same page (gallery)."""
+
+    games: Sequence[Any]
+
+    def _rows(self) -> list[tuple[str, str, str, str]]:
+        return [
+            (game.data["title"], game.data["memory"], f"{len(game.data['line'])}", f"#race-{game.data['name']}={','.join(game.data['line'])}")
+            for game in self.games
+        ]
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{title}: {memory}, {steps} moves, {link}" for title, memory, steps, link in self._rows())
+
+    def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, str], dict[str, str]]:
+        rows = "".join(
+            f'<tr><th scope="row"><a href="{html.escape(link)}">{html.escape(title)}</a></th><td>{memory}</td><td>{steps}</td></tr>'
+            for title, memory, steps, link in self._rows()
+        )
+        head = "".join(f'<th scope="col">{name}</th>' for name in ("counterexample", "memory", "moves"))
+        page = f'<table class="mmu-index"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+        return {"text/plain": repr(self), "text/html": page}, {}
+
+
 def outcomes(panels: Mapping[str, Mapping[tuple[int, int], int]], names: tuple[str, str], bad: tuple[int, int]) -> Picture:
     """How many schedules end with which pair of values, one column a setting; the bad pair framed. Chapter 6.
 

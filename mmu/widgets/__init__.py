@@ -8,6 +8,6 @@ from mmu.widgets.codes import CodePlayer
 from mmu.widgets.idfield import IdFieldPlayer
 from mmu.widgets.player import Player, bundle, style
 from mmu.widgets.question import Question
-from mmu.widgets.race import RacePlayer
+from mmu.widgets.race import RacePlayer, counterexample
 
-__all__ = ["CodePlayer", "IdFieldPlayer", "Player", "Question", "RacePlayer", "bundle", "style"]
+__all__ = ["CodePlayer", "IdFieldPlayer", "Player", "Question", "RacePlayer", "bundle", "counterexample", "style"]
