@@ -18,18 +18,15 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mmu import pfec, trace
+from mmu import pfec, spte, trace
 
-LAYOUTS = (
-    *("2012-ept", "2012-shadow", "3.6-ept", "3.6-shadow", "5.10-ept", "5.10-shadow"),
-    *("6.1-ept", "6.1-npt", "6.12-ept", "6.12-npt"),
-)
-"""The spte layouts that have a name; ``-npt`` also serves shadow paging from 5.13 on (facts 3.6, 3.7)."""
+LAYOUTS = tuple(spte.LAYOUTS)
 
 HOTTEST = 10
 DONE, UNUSABLE, STOPPED = 0, 2, 3
@@ -322,10 +319,11 @@ def text(found: dict[str, Any], path: str) -> str:
     if found["hottest"]:
         hottest = ", ".join(f"{gfn:#x} ({n:,})" for gfn, n in found["hottest"][:5])
         lines.append(f"  hottest    {found['hottest_of']} {hottest}")
+    ranked = sorted(found["events"].items(), key=lambda item: (-item[1], item[0]))
     lines.append("  events")
-    lines += [
-        f"    {n:>9,}  {event}" for event, n in sorted(found["events"].items(), key=lambda item: (-item[1], item[0]))
-    ]
+    half = (len(ranked) + 1) // 2
+    for left, right in zip_longest(ranked[:half], ranked[half:]):
+        lines.append("".join(f"    {n:>9,}  {event:<26}" for event, n in filter(None, (left, right))).rstrip())
     lines.append(f"  other      {found['other']:,} lines that are no event of KVM")
     lines.append(f"  unreadable {len(found['unreadable']):,} lines")
     lines += [f"    line {wrong['line']}: {wrong['reason']}" for wrong in found["unreadable"][:8]]

@@ -46,6 +46,7 @@
       }),
       { rootMargin: "800px" });
     all().forEach((twin) => near.observe(twin));
+    if (location.hash.includes("=")) all().forEach(mount); // a link into a player
     addEventListener("beforeprint", () => all().forEach(mount));
   };
   if (document.readyState === "loading") addEventListener("DOMContentLoaded", start);
