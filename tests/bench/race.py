@@ -59,7 +59,7 @@ def spin(vcpus: int, times: int) -> tuple[int, float] | None:
         return states, statistics.median(rates)
 
 
-def scalar(vcpus: int, times: int) -> tuple[int, float] | None:
+def scalar(vcpus: int, times: int, expected: int) -> tuple[int, float] | None:
     """The same by scalar C over this package's tables; None where there is no compiler."""
     if not shutil.which("gcc"):
         return None
@@ -73,9 +73,9 @@ def scalar(vcpus: int, times: int) -> tuple[int, float] | None:
     with tempfile.TemporaryDirectory() as folder:
         np.concatenate(words).tofile(Path(folder) / "tables")
         subprocess.run(["gcc", "-O3", "-march=native", "-o", "race", str(HERE / "race.c")], cwd=folder, check=True)
-        states, rates = 0, []
+        states, rates, slots = 0, [], str((expected * 3 // 2).bit_length())  # a hash table at most two thirds full
         for _ in range(times):
-            said = subprocess.run(["./race", "tables", "25"], cwd=folder, check=True, capture_output=True, text=True)
+            said = subprocess.run(["./race", "tables", slots], cwd=folder, check=True, capture_output=True, text=True)
             counts = said.stdout.split()
             states = int(counts[0])
             rates.append(states / float(counts[3]))
@@ -149,7 +149,7 @@ def rows() -> list[dict[str, Any]]:
         ours = states / seconds(lambda vcpus=vcpus: explore(looping(vcpus), "TSO"), 5 if vcpus == 5 else 3)
         for peer, target, measured in (
             ("SPIN", against_spin, spin(vcpus, spin_runs)),
-            ("scalar C", 0.5, scalar(vcpus, 3)),
+            ("scalar C", 0.5, scalar(vcpus, 3, states)),
         ):
             assert measured is None or measured[0] == states, f"{peer} counts {measured[0]} states, not {states}"
             value = measured and measured[1]
