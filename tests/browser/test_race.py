@@ -37,7 +37,9 @@ PLAN = edit(
     {"F1": None, "F2": None, "F4": "cmpxchg spte: (w=0) -> (w=1)", "W3": "if not spte.w: W5", "W4": "xchg spte: (w=0)"},
 ).replace("w, id(vcpu)", "w")
 THREE = [["fault"], ["protect"], ["fault"]]
-THEN = protocols.SEED_2012 + """
+THEN = (
+    protocols.SEED_2012
+    + """
 protect_then_fault:
     W0  take lock
     W1  wp = 1
@@ -48,6 +50,7 @@ protect_then_fault:
     F0  if spte.w: done
     F1  spte.id = me
 """
+)
 WON = {  # name: page, program, memory
     "flags-tso": ("06-store-buffers", Program(FLAGS, [["left"], ["right"]]), "TSO"),
     "no-fault-mb": ("06-store-buffers", protocols.program("one-shot", "no-fault-mb", 2), "TSO"),
@@ -145,7 +148,9 @@ def test_any_keys_show_the_packages_state(visit, name):
         here = path[-1].target if path else 0
         expect(game.state).to_contain_text(game.board.machine.show(game.board.states[here]))
         dead = name in WON and game.board.left[here] < 0 and bool(game.board.moves[here])
-        expect(game.el.get_by_role("button", name="Step back")).to_be_visible(visible=name in WON and game.board.left[here] < 0)
+        expect(game.el.get_by_role("button", name="Step back")).to_be_visible(
+            visible=name in WON and game.board.left[here] < 0
+        )
         assert ("From here OOPS can no longer happen" in game.state.text_content()) == dead
         if dead and rng.random() < 0.5:
             game.el.get_by_role("button", name="Step back").click()
