@@ -104,7 +104,7 @@ class Descent(NamedTuple):
 
     @property
     def user_page(self) -> Bools:
-        """U in every entry on the way: what SMEP and SMAP call a user page (guest formats)."""
+        """U in every entry on the way, what SMEP and SMAP call a user page (guest formats)."""
         return self.rights & U != 0
 
     @property

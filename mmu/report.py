@@ -18,6 +18,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -318,10 +319,11 @@ def text(found: dict[str, Any], path: str) -> str:
     if found["hottest"]:
         hottest = ", ".join(f"{gfn:#x} ({n:,})" for gfn, n in found["hottest"][:5])
         lines.append(f"  hottest    {found['hottest_of']} {hottest}")
+    ranked = sorted(found["events"].items(), key=lambda item: (-item[1], item[0]))
     lines.append("  events")
-    lines += [
-        f"    {n:>9,}  {event}" for event, n in sorted(found["events"].items(), key=lambda item: (-item[1], item[0]))
-    ]
+    half = (len(ranked) + 1) // 2
+    for left, right in zip_longest(ranked[:half], ranked[half:]):
+        lines.append("".join(f"    {n:>9,}  {event:<26}" for event, n in filter(None, (left, right))).rstrip())
     lines.append(f"  other      {found['other']:,} lines that are no event of KVM")
     lines.append(f"  unreadable {len(found['unreadable']):,} lines")
     lines += [f"    line {wrong['line']}: {wrong['reason']}" for wrong in found["unreadable"][:8]]
