@@ -295,7 +295,10 @@ def _moves(machine: Machine, state: State, events: list[Event], number: dict[Sta
     for event in events:
         actor = event.actor
         before, after = (len(machine.actors[actor].locals[s.locals[actor]].buffer) for s in (state, event.target))
-        choice = sum(move.actor == actor and move.kind != "drain" for move in moves)
+        here = machine.actors[actor].locals[state.locals[actor]]
+        begins = [steps[0].label for steps in machine.program.paths[actor].values()] if not here.label else []
+        label = event.text.split()[0]
+        choice = begins.index(label) if label in begins else 0  # which of its paths the actor begins
         code = f"{actor}d" if event.kind == "flush" else f"{actor}.{choice}" if choice else f"{actor}"
         text = f"{event.text} (into its store buffer)" if after > before else event.text
         moves.append(Move(actor, code, kind_of(event), text, number[event.target]))

@@ -37,7 +37,7 @@ def schedule(game: Board, moves: Sequence[Move], *, oops: str = "write-protected
     for move in moves:
         after = machine.unpack(game.states[move.target].shared)
         changed = ", ".join(f"{name.removeprefix('spte.')}={value}" for name, value in after.items() if value != before[name])
-        text = move.text.replace(" (into its store buffer)", ", buffered")
+        text = move.text.removesuffix(" succeeds").replace(" (into its store buffer)", ", buffered")
         steps.append(Step(move.actor, text, _KIND.get(move.kind, "step"), changed))
         before = after
         if game.oops[move.target]:
@@ -99,6 +99,11 @@ class Diff:
             split.append(parts)
         return [(split[0].get(name, []), split[1].get(name, [])) for name in dict.fromkeys([*split[0], *split[1]])]
 
+    @staticmethod
+    def _said(when: str, verdict: str) -> str:
+        kind = "mmu-safe" if verdict.startswith("Safe") else "mmu-broken"
+        return f'<p class="{kind}">{when}: {html.escape(verdict)}</p>'
+
     def __repr__(self) -> str:
         return "\n".join([f"before: {self.was}", *self.lines(), f"after: {self.now}"])
 
@@ -108,8 +113,8 @@ class Diff:
             kind = {"-": "del", "+": "ins"}.get(line[0], "span")
             rows.append(f"<{kind}>{html.escape(line)}</{kind}>")
         page = (
-            f'<div class="mmu-diff"><p class="mmu-was">{html.escape(self.was)}</p><pre>{chr(10).join(rows)}</pre>'
-            f'<p class="mmu-now">{html.escape(self.now)}</p></div>'
+            f'<div class="mmu-diff">{self._said("before", self.was)}<pre>{chr(10).join(rows)}</pre>'
+            f"{self._said('after', self.now)}</div>"
         )
         return {"text/plain": repr(self), "text/html": page}, {}
 
