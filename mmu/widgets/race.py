@@ -1,4 +1,4 @@
-"""The race game: the reader is the scheduler, the board is the program's own state graph (chapters 6 to 10, gallery)."""
+"""The race game: the reader is the scheduler, the board is the program's own state graph (chapters 6 to 10)."""
 
 from __future__ import annotations
 
@@ -71,7 +71,9 @@ def counterexample(
     """
     game = board(program, memory)
     if game.safe:
-        raise ValueError(f"{program.name or title} is safe under {memory}; expected a program that some schedule breaks")
+        raise ValueError(
+            f"{program.name or title} is safe under {memory}; expected a program that some schedule breaks"
+        )
     line = " ".join(move.code for move in game.shortest())
     words = {"oops": oops} if oops else {}
     return RacePlayer(program, memory, name, title, actors=actors, schedule=line, **words)
