@@ -97,7 +97,7 @@ class Board:
         vcpus = len(self.machine.actors)
         where = f"{self.machine.memory}, {vcpus} vCPUs, {len(self.states):,} states"
         if self.machine.program.forever:
-            return f"Safe: OOPS in none of the states ({where})." if self.safe else f"Broken: OOPS can be reached ({where})."
+            return f"Broken: OOPS after {self.left[0]} moves ({where})." if not self.safe else f"Safe: no OOPS anywhere ({where})."
         bad, total = self.count()
         if self.safe:
             return f"Safe: none of {total:,} schedules ends in OOPS ({where})."
@@ -146,6 +146,18 @@ class Board:
             total[here] = sum(total[target] for target in targets) or 1
             bad[here] = total[here] if self.oops[here] else sum(bad[target] for target in targets)
         return bad[0], total[0]
+
+    def chance(self) -> float:
+        """How likely OOPS is when each move is drawn at random, all possible ones alike: what a random tester meets.
+
+        Raises:
+            ValueError: the graph has a cycle.
+        """
+        chance = np.zeros(len(self.states), dtype=np.float64)
+        for here in self._order():
+            moves = self.moves[here]
+            chance[here] = 1.0 if self.oops[here] else sum(chance[move.target] for move in moves) / max(1, len(moves))
+        return float(chance[0])
 
     def _order(self) -> list[int]:
         """The states, each after all that it leads to."""
@@ -203,6 +215,21 @@ class Board:
             below = np.concatenate([ways[move.target] for move in self.moves[here]] or [np.zeros(1, dtype=np.bool_)])
             ways[here] = np.ones_like(below) if self.oops[here] else below
         return ways[0]
+
+    def ending(self, here: int) -> dict[str, int]:
+        """What the locals of all actors hold in a state, by name: the registers of a litmus test at its end."""
+        values: dict[str, int] = {}
+        for actor, local in zip(self.machine.actors, self.states[here].locals, strict=True):
+            values.update(actor.locals[local].values)
+        return values
+
+    def endings(self, *names: str) -> dict[tuple[int, ...], int]:
+        """How many schedules end with which values of these locals; the program must observe them."""
+        ways, counted = self.ways(), {}
+        for here in self.ends():
+            values = tuple(self.ending(here)[name] for name in names)
+            counted[values] = counted.get(values, 0) + int(ways[here])
+        return dict(sorted(counted.items()))
 
     def ends(self) -> list[int]:
         """The states in which nothing more can be done."""

@@ -61,6 +61,22 @@ class RacePlayer(Player):
         )
 
 
+def counterexample(
+    program: Program, memory: str, name: str, title: str, *, oops: str = "", actors: Sequence[str] = ()
+) -> RacePlayer:
+    """A race with its shortest way to OOPS loaded: the right arrow key plays it (gallery).
+
+    Raises:
+        ValueError: the program is safe.
+    """
+    game = board(program, memory)
+    if game.safe:
+        raise ValueError(f"{program.name or title} is safe under {memory}; expected a program that some schedule breaks")
+    line = " ".join(move.code for move in game.shortest())
+    words = {"oops": oops} if oops else {}
+    return RacePlayer(program, memory, name, title, actors=actors, schedule=line, **words)
+
+
 def _graph(game: Board) -> dict[str, Any]:
     """The board as flat lists: states by number, each move as actor, code, kind, words and target."""
     machine = game.machine

@@ -136,6 +136,7 @@ function render({ model, el }) {
     h("span", { class: "mmu-told" }, h("span", { class: "mmu-who" }, `vCPU ${move.actor} `), move.say));
 
   const draw = (note) => {
+    const inside = el.contains(document.activeElement);
     const state = now(), before = at > 1 ? line[at - 2].to : 0, bad = won(), dead = winnable && !bad && left[state] < 0;
     const options = movesOf(state), seen = values(state), old = values(before);
     wordBox.replaceChildren(...game.words.map(({ name, parts }) => h("span", { class: "mmu-word" }, parts.map(([full]) =>
@@ -152,7 +153,7 @@ function render({ model, el }) {
       if (game.memory === "TSO") labels.push([`Drain ${a}`, drain]);
       box.replaceChildren(...labels.map(([label, move]) => button(label, () => move && take(move), { disabled: !move })));
       card.dataset.done = end ? "yes" : "no";
-      if (focused >= 0) (box.children[focused]?.disabled === false ? box.children[focused] : again).focus();
+      if (focused >= 0) box.children[focused]?.focus();
     });
     let holds = null;
     lanes.replaceChildren(...line.slice(0, at).map((move, i) => {
@@ -181,6 +182,8 @@ function render({ model, el }) {
     proof.textContent = walked;
     link.href = `#race-${game.name}=${line.slice(0, at).map((move) => move.code).join(",")}`;
     link.hidden = !at;
+    const focus = document.activeElement; // keys must go on working when the button that had the focus went away
+    if (inside && (!el.contains(focus) || focus.hidden || focus.disabled)) el.focus({ preventScroll: true });
   };
 
   // A link that replays a schedule: #race-NAME=0,0,1d
