@@ -15,7 +15,7 @@ function render({ model, el }) {
   const line = h("p", { class: "mmu-quoted" }, h("code", {}, flags, quoted)), none = h("span", { class: "mmu-none" });
   line.append(none);
   const lists = faults.map(({ name, steps }, i) => h("ol", { class: "mmu-story", "aria-label": `Steps, ${name}` },
-    steps.map(({ label, locked, quoted }, at) => h("li", { "data-locked": locked, "data-recorded": Boolean(quoted) },
+    steps.map(({ label, locked, quoted }, at) => h("li", { "data-locked": String(locked), "data-recorded": String(Boolean(quoted)) },
       h("button", { type: "button", tabindex: "-1", onclick: () => state.set([i, at].join()) },
         h("span", { class: "mmu-dot", "aria-hidden": "true" }, quoted ? "●" : "○"), label)))));
   const back = h("button", { type: "button", onclick: () => step(-1), "aria-label": "Previous step" }, "◀");
