@@ -1,4 +1,4 @@
-"""The book's Sphinx extension: players beside the pages, buttons where they lead somewhere, citations that read well."""
+"""The book's Sphinx extension: players beside the pages, buttons that lead somewhere, citations that read well."""
 
 import os
 from pathlib import Path
