@@ -363,11 +363,18 @@ class DirectMMU:
             self.rights[self._pages_of(t.slot[large], gfn[large])] |= CAN_WRITE
 
     def _code(self, t: Touches, present: Bools, special: Bools) -> Words:
-        """The error code: as NPT reports it, where U is always set, or as a #PF of an unpaged guest."""
+        """The error code: as nested paging reports it, or as a #PF of an unpaged guest.
+
+        NPT counts every guest access as a user's; for EPT KVM makes U of a read, and an MMIO spte is a
+        misconfiguration, which says RSVD and nothing else.
+        """
         code = present * CODE_P | t.write * CODE_W | special * CODE_RSVD | t.fetch * CODE_F
         if not self.kernel.nested_paging:
             return code | t.user * CODE_U
-        return code | CODE_U | np.where(t.walk, _WALK, _FINAL)
+        where = np.where(t.walk, _WALK, _FINAL)
+        if self.bits.execute:
+            return np.where(special, CODE_RSVD, code | (~t.write & ~t.fetch) * CODE_U | where)
+        return code | CODE_U | where
 
     def _entry(self, index: Index, block: Index) -> Words:
         entry = np.where(block < 0, np.uint64(0), self.blocks[block] if self.blocks.size else np.uint64(0))
