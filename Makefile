@@ -4,9 +4,12 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 SOURCES := _config.yml _toc.yml $(shell find book mmu -type f -not -path '*/__pycache__/*' -not -path '*/.ipynb_checkpoints/*')
+# Tests of what needs numpy alone.
+BOOK_TESTS := chapters figures prices exercise site
+CORE_TESTS := $(filter-out $(BOOK_TESTS:%=test_%.py),$(notdir $(wildcard tests/test_*.py)))
 CHAPTERS := $(sort $(wildcard book/*.ipynb))
 
-.PHONY: book test lab chapters text fold lint clean
+.PHONY: book test site bench wheel lab chapters text fold lint clean
 
 book: _build/html/index.html
 	@echo "The book is built. Open: file://$(CURDIR)/_build/html/index.html"
@@ -14,6 +17,22 @@ book: _build/html/index.html
 test: $(READY) _build/html/index.html
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@$(BIN)/python -m pytest tests mmu --nbval $(CHAPTERS) $(TESTFLAGS)
+
+# Exactly what is to be published, in _build/site.
+site: $(READY)
+	FPF_SITE=1 $(BIN)/jupyter-book build . --path-output _build/publish --all -W -n --keep-going --quiet
+	$(BIN)/python book/_tools/site.py _build/publish/_build/html _build/site
+
+# The package against its peers; kept out of `make test`.
+bench: $(READY) _build/html/index.html
+	$(BIN)/python -m tests.bench
+
+# The package alone: built, installed without the book, and tested.
+wheel: $(READY)
+	rm -rf _build/wheel && $(PYTHON) -m venv _build/wheel/venv
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir _build/wheel .
+	_build/wheel/venv/bin/python -m pip install --quiet --disable-pip-version-check pytest hypothesis _build/wheel/*.whl
+	cd tests && ../_build/wheel/venv/bin/python -m pytest -q -c ../pyproject.toml --rootdir .. -p no:cacheprovider $(CORE_TESTS)
 
 lab: $(READY)
 	$(BIN)/jupyter lab --ip=127.0.0.1 book

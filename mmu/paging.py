@@ -3,7 +3,8 @@
 :func:`judge` is the heart, a dozen lines that chapter 2 shows and has the reader write; :func:`descend` follows
 entries down to the leaf; :func:`access` is both, for whole arrays at once. An entry set is an array
 ``# (access, level)``, root first, its last column the level of 4K pages; every other argument is a scalar or an array
-``# (access,)``. The error code's bits are named in :mod:`mmu.pfec`.
+``# (access,)``. The error code's bits are named in :mod:`mmu.pfec`, the formats of entries in ``mmu.formats``; tables
+in memory are ``mmu.tables``. :func:`fault_codes` is the same rule for tens of millions of leaves, by look-up.
 
 Sources: Intel SDM 3A 4.5 to 4.7 for the rules; Linux 6.1 ``arch/x86/kvm/mmu`` (``permission_fault``,
 ``reset_rsvds_bits_mask``, ``walk_addr_generic``) for what KVM's own walker makes of them.
@@ -11,95 +12,28 @@ Sources: Intel SDM 3A 4.5 to 4.7 for the rules; Linux 6.1 ``arch/x86/kvm/mmu`` (
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mmu.bits import Field, Layout, as_words
+from mmu.bits import as_words
+from mmu.formats import LEGACY as LEGACY
+from mmu.formats import LEGACY_PSE as LEGACY_PSE
+from mmu.formats import LONG4, LONG5, NX, PTE, A, Bools, D, Format, U, W
+from mmu.formats import PAE as PAE
+from mmu.formats import PFN as PFN
+from mmu.formats import PS as PS
+from mmu.formats import P as P
+from mmu.formats import bits_between as bits_between
+from mmu.formats import format_of as format_of
 
 Flags = bool | np.bool | NDArray[np.bool]
-Bools = NDArray[np.bool]
-
-PTE = Layout(
-    "page-table entry",
-    Field("P", 0, meaning="present; clear: the other bits mean nothing to the CPU"),
-    Field("W", 1, meaning="writable"),
-    Field("U", 2, meaning="user-mode accesses allowed"),
-    Field("PWT", 3, meaning="write-through"),
-    Field("PCD", 4, meaning="cache disabled"),
-    Field("A", 5, meaning="accessed: set by the CPU when a walk uses the entry"),
-    Field("D", 6, meaning="dirty: set by the CPU in a leaf when a write goes through it"),
-    Field("PS", 7, meaning="page size: this entry above level 1 is a leaf"),
-    Field("G", 8, meaning="global"),
-    Field("AVL", 9, 3, "ignored by the CPU"),
-    Field("PFN", 12, 40, "page frame number"),
-    Field("IGNORED", 52, 7, "ignored by the CPU"),
-    Field("PKEY", 59, 4, "protection key, read in a leaf when CR4.PKE is set"),
-    Field("NX", 63, meaning="no instruction fetches; a reserved bit while EFER.NXE is clear"),
-    source="Intel SDM 3A 4.5",
-)
-P, W, U, A, D, PS, NX = (np.uint64(PTE[name].mask) for name in ("P", "W", "U", "A", "D", "PS", "NX"))
-PFN = np.uint64(PTE["PFN"].mask)
 PKEY_LOW, PKEY_TOP = np.uint64(PTE["PKEY"].low), np.uint64(15)
 
 # The low bits of a page-fault error code (Intel SDM 3A 4.7).
 CODE_P, CODE_W, CODE_U, CODE_RSVD, CODE_F, CODE_PK = (np.uint64(1 << bit) for bit in range(6))
-
-
-def bits_between(low: int, top: int) -> int:
-    """The mask of bits ``low`` to ``top``; empty when ``top < low``.
-
-    >>> hex(bits_between(13, 20)), bits_between(52, 51)
-    ('0x1fe000', 0)
-    """
-    return (1 << max(top + 1, low)) - (1 << low)
-
-
-@dataclass(frozen=True)
-class Format:
-    """One guest paging mode: how many levels, how wide an entry is, which bits of it must be clear.
-
-    ``large`` names the levels where PS makes a leaf, ``plain`` those whose entries carry neither rights nor an A bit
-    (PAE's four page-directory pointers). ``reserved(level, leaf, maxphyaddr)`` is the mask of bits that must be 0,
-    NX not among them: it is one only while EFER.NXE is clear, and only in formats that have it (``nx``).
-    """
-
-    name: str
-    levels: int
-    entry_bytes: int
-    index_bits: tuple[int, ...]  # root first
-    large: tuple[int, ...]
-    plain: tuple[int, ...]
-    nx: bool
-    reserved: Callable[[int, bool, int], int]
-
-
-def _long_reserved(level: int, leaf: bool, maxphyaddr: int) -> int:
-    """Physical address bits the CPU lacks; PS at levels 4 and 5; the low address bits of a large leaf."""
-    low = bits_between(13, 9 * level + 2) if leaf and level > 1 else int(PS) if level > 3 else 0
-    return bits_between(maxphyaddr, 51) | low
-
-
-def _pae_reserved(level: int, leaf: bool, maxphyaddr: int) -> int:
-    """As in long mode, but physical addresses end where NX begins, and the pointers have no rights to hold."""
-    pointer = bits_between(1, 2) | bits_between(5, 8) | int(NX)
-    low = pointer if level == 3 else bits_between(13, 20) if leaf and level == 2 else 0
-    return bits_between(maxphyaddr, 62) | low
-
-
-def _legacy_reserved(level: int, leaf: bool, maxphyaddr: int) -> int:
-    """Only a 4M leaf has reserved bits: bits 13 to 16 are bits 32 to 35 of its address (PSE-36), 17 to 21 nothing."""
-    return bits_between(17, 21) if level == 2 and leaf else 0
-
-
-LONG4 = Format("long mode, 4 levels", 4, 8, (9, 9, 9, 9), (2, 3), (), True, _long_reserved)
-LONG5 = Format("long mode, 5 levels", 5, 8, (9, 9, 9, 9, 9), (2, 3), (), True, _long_reserved)
-PAE = Format("PAE, 3 levels", 3, 8, (2, 9, 9), (2,), (3,), True, _pae_reserved)
-LEGACY = Format("32-bit, 2 levels, CR4.PSE=0", 2, 4, (10, 10), (), (), False, _legacy_reserved)
-LEGACY_PSE = Format("32-bit, 2 levels, CR4.PSE=1", 2, 4, (10, 10), (2,), (), False, _legacy_reserved)
 
 
 class Judgement(NamedTuple):
@@ -159,11 +93,24 @@ class Descent(NamedTuple):
     used: Bools  # (access, level): entries that were read, present and well formed
     level: NDArray[np.uint8]  # of the last entry read
     leaf: NDArray[np.uint64]  # the last entry read
-    present: Bools
-    reserved: Bools
-    writable: Bools
-    user_page: Bools
-    executable: Bools
+    present: Bools  # it, and so all above it
+    reserved: Bools  # it has a bit set that must be 0 (in EPT: is misconfigured)
+    rights: NDArray[np.uint64]  # the format's ``rights`` bits, ANDed over the levels; its ``denials`` are inverted
+
+    @property
+    def writable(self) -> Bools:
+        """W in every entry on the way."""
+        return self.rights & W != 0
+
+    @property
+    def user_page(self) -> Bools:
+        """U in every entry on the way, what SMEP and SMAP call a user page (guest formats)."""
+        return self.rights & U != 0
+
+    @property
+    def executable(self) -> Bools:
+        """NX in no entry on the way (guest formats)."""
+        return self.rights & NX != 0
 
 
 def descend(entries: NDArray[np.uint64], *, nxe: Flags = True, maxphyaddr: int = 52, fmt: Format = LONG4) -> Descent:
@@ -173,29 +120,24 @@ def descend(entries: NDArray[np.uint64], *, nxe: Flags = True, maxphyaddr: int =
     lone leaf is one column. The loop runs over the (at most five) levels, never over accesses.
     """
     entries = as_words(entries, "entries")  # (access, level)
-    nx_reserved = ~np.asarray(nxe, dtype=np.bool)
-    shape = np.broadcast_shapes(entries.shape[:-1], nx_reserved.shape)
-    walking = np.ones(shape, dtype=np.bool)
-    present, reserved = np.ones(shape, dtype=np.bool), np.zeros(shape, dtype=np.bool)
-    rights = np.full(shape, W | U | NX, dtype=np.uint64)  # NX stored inverted, so that all three AND alike
-    level_reached = np.zeros(shape, dtype=np.uint8)
-    last, used = np.zeros(shape, dtype=np.uint64), np.zeros((*shape, entries.shape[-1]), dtype=np.bool)
+    shape = np.broadcast_shapes(entries.shape[:-1], np.shape(nxe))
+    walking, present, reserved = np.ones(shape, np.bool), np.ones(shape, np.bool), np.zeros(shape, np.bool)
+    rights = np.full(shape, fmt.rights, dtype=np.uint64)
+    level_reached, last = np.zeros(shape, dtype=np.uint8), np.zeros(shape, dtype=np.uint64)
+    used = np.zeros((*shape, entries.shape[-1]), dtype=np.bool)
     for level in range(entries.shape[-1], 0, -1):
         entry = entries[..., -level]
-        leaf = entry & PS != 0 if level in fmt.large else np.full((), level == 1, dtype=np.bool)
-        forbidden = np.where(leaf, *(np.uint64(fmt.reserved(level, kind, maxphyaddr)) for kind in (True, False)))
-        if fmt.nx:
-            forbidden = forbidden | nx_reserved * NX
+        is_present, malformed, leaf = fmt.examine(entry, level, maxphyaddr, nxe)
         level_reached[walking] = level
         last = np.where(walking, entry, last)
-        present &= ~walking | (entry & P != 0)
-        reserved |= walking & present & (entry & forbidden != 0)
+        present &= ~walking | is_present
+        reserved |= walking & present & malformed
         walking &= present & ~reserved
         used[..., -level] = walking
         if level not in fmt.plain:
-            rights = np.where(walking, rights & (entry ^ NX), rights)
+            rights = np.where(walking, rights & (entry ^ np.uint64(fmt.denials)), rights)
         walking &= ~leaf
-    return Descent(used, level_reached, last, present, reserved, *(rights & right != 0 for right in (W, U, NX)))
+    return Descent(used, level_reached, last, present, reserved, rights)
 
 
 @dataclass(frozen=True)
@@ -255,7 +197,7 @@ def access(
     key = keys >> (walk.leaf >> PKEY_LOW & PKEY_TOP) * np.uint64(2)
     keyed = pke & np.bool(fmt in (LONG4, LONG5))
     fault, code = judge(
-        *walk[3:],
+        walk.present, walk.reserved, walk.writable, walk.user_page, walk.executable,
         write=write, fetch=fetch, user=user & ~implicit, wp=wp, nxe=nxe, smep=smep, smap=smap, ac=ac & ~implicit,
         access_disable=keyed & (key & np.uint64(1) != 0), write_disable=keyed & (key & np.uint64(2) != 0),
     )  # fmt: skip
@@ -264,3 +206,83 @@ def access(
     after = entries | (marks & carries_a) * A
     is_leaf = np.arange(entries.shape[-1], 0, -1, dtype=np.uint8) == walk.level[..., None]  # (access, level)
     return Outcome(fault, code, after | (marks & is_leaf & write[..., None]) * D, walk)
+
+
+# Where a decision table's index keeps what: the error code's own W, U and F, two bits of the entry, and its P, W and U
+# at the top, which a multiplication by 32 in a byte puts there and rids of all other bits.
+_DENIES_FETCH, _RESERVED, _ENTRY_LOW = 1, 8, 32
+_ACCESS = np.uint8(CODE_W | CODE_U | CODE_F)
+_BLOCK = 1 << 16  # pairs at a time: their words stay in the cache between one step and the next
+NO_FAULT = -1
+
+
+def access_bits(write: Flags = False, fetch: Flags = False, user: Flags = False) -> NDArray[np.uint8]:
+    """What accesses are, as the bits W, U and F that an error code would have.
+
+    Raises:
+        ValueError: some access both writes and fetches.
+
+    >>> access_bits(write=np.array([False, True]), user=True).tolist()
+    [4, 6]
+    """
+    write, fetch, user = (np.asarray(flag, dtype=np.bool) for flag in (write, fetch, user))
+    if (write & fetch).any():
+        raise ValueError("an access is both write and fetch; expected read, write or fetch")
+    bits = (flag * np.uint8(bit) for flag, bit in ((write, CODE_W), (fetch, CODE_F), (user, CODE_U)))
+    return np.asarray(sum(bits, np.uint8(0)), dtype=np.uint8)
+
+
+def decisions(
+    *, wp: bool = True, nxe: bool = True, smep: bool = False, smap: bool = False, ac: bool = False
+) -> NDArray[np.int8]:
+    """Ask :func:`judge` every question once: the error code, or NO_FAULT, for each of 256 combinations.
+
+    The index is made of the access as error-code bits (W 2, U 4, F 16), 1 if fetches are denied, 8 if a reserved bit
+    is set, and 32 times P|W|U of the rights.
+
+    >>> table = decisions(smep=True)
+    >>> hex(table[0b010 | 32 * 0b101]), int(table[0b000 | 32 * 0b101])  # P|U: a supervisor's write, and its read
+    ('0x3', -1)
+    """
+    index = np.arange(256, dtype=np.int64)
+    p, w, u = (index >> bit & 1 != 0 for bit in (5, 6, 7))
+    write, user, fetch = (index & int(bit) != 0 for bit in (CODE_W, CODE_U, CODE_F))
+    settings = {"wp": wp, "nxe": nxe, "smep": smep, "smap": smap, "ac": ac}
+    cpu, off = {name: np.full(256, flag, dtype=np.bool) for name, flag in settings.items()}, np.zeros(256, np.bool)
+    fault, code = judge(
+        p, index & _RESERVED != 0, w, u, index & _DENIES_FETCH == 0, write=write, fetch=fetch, user=user,
+        access_disable=off, write_disable=off, **cpu,
+    )  # fmt: skip
+    return np.where(fault, code.astype(np.int8), np.int8(NO_FAULT))
+
+
+def fault_codes(
+    entries: NDArray[np.uint64], accesses: NDArray[np.uint8], *, maxphyaddr: int = 52, nxe: bool = True, **cpu: bool
+) -> NDArray[np.int8]:
+    """The error code of each access through a 4K leaf with the rights of its whole walk, or NO_FAULT, by table.
+
+    What :func:`access` says of a lone leaf, for one setting of the CPU and without protection keys, many times as
+    fast: the rules are asked 256 times and the rest is look-up.
+
+    Args:
+        entries: leaves ``# (pair,)``.
+        accesses: error-code bits W, U and F of each access ``# (pair,)``; a read is 0.
+        maxphyaddr: the CPU's physical address bits.
+        nxe: EFER.NXE.
+        cpu: ``wp``, ``smep``, ``smap`` and ``ac``, as in :func:`decisions`.
+
+    >>> fault_codes(np.array([0x1005, 0x1005, 0], np.uint64), np.array([4, 6, 0], np.uint8)).tolist()
+    [-1, 7, 0]
+    """
+    entries, accesses = as_words(entries, "entries").ravel(), np.asarray(accesses, dtype=np.uint8).ravel()
+    table = decisions(nxe=nxe, **cpu).tobytes()
+    forbidden = np.uint64(LONG4.forbidden(1, True, maxphyaddr, nxe))
+    out = np.empty(entries.shape, dtype=np.int8)
+    for start in range(0, entries.size, _BLOCK):
+        entry = entries[start : start + _BLOCK]
+        index = entry.astype(np.uint8) * np.uint8(_ENTRY_LOW)
+        index |= accesses[start : start + _BLOCK] & _ACCESS
+        index |= (entry.view(np.int64) < 0).view(np.uint8)  # NX is the sign
+        index |= (entry & forbidden != 0).view(np.uint8) * np.uint8(_RESERVED)
+        out[start : start + _BLOCK] = np.frombuffer(index.tobytes().translate(table), dtype=np.int8)
+    return out

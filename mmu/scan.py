@@ -25,7 +25,6 @@ A field without a name, ``{:x}``, has to be there and is not kept. Blanks are sp
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,12 +75,16 @@ class Text:
     def skip(self, at: Cursors, table: NDArray[np.bool_], *, step: int = 1, most: int = 256) -> Cursors:
         """Move each cursor over bytes of ``table``, forwards (``step`` 1) or backwards (-1), over ``most`` at most."""
         at = at.copy()
-        moving = np.flatnonzero(table[self.bytes[at]])
-        for _ in range(most):
-            if not moving.size:
-                break
-            at[moving] += step
-            moving = moving[table[self.bytes[at[moving]]]]
+        moving = table[self.bytes[at]]
+        while most and 4 * np.count_nonzero(moving) > len(at):  # while many move, whole arrays are the quickest
+            at += np.intp(step) * moving
+            moving &= table[self.bytes[at]]
+            most -= 1
+        few = np.flatnonzero(moving)
+        while most and few.size:
+            at[few] += step
+            few = few[table[self.bytes[at[few]]]]
+            most -= 1
         return at
 
     def looking_at(self, at: Cursors, word: bytes) -> NDArray[np.bool_]:
@@ -136,24 +139,43 @@ class Text:
         return value, at, over | reading
 
 
-@dataclass
 class Match:
-    """What a format found: one entry a cursor in each array."""
+    """How far a format got with each cursor, and what it found: one entry a cursor in each array.
 
-    at: Cursors
-    ok: NDArray[np.bool_]
-    columns: dict[str, NDArray[np.generic]] = field(default_factory=dict)
-    expected: NDArray[np.int16] | None = None  # index into Format.expectations of what was missed, -1 where ok
-    failed_at: Cursors | None = None  # where it was missed
+    Attributes:
+        at: where each cursor stands.
+        ok: whether everything matched so far.
+        columns: the fields, by name.
+        expected: index into :attr:`Format.expectations` of the first part that was missed, -1 where none was.
+        missed_at: where that was.
+    """
+
+    def __init__(self, at: Cursors, ok: NDArray[np.bool_] | None = None) -> None:
+        self.at = at
+        self.ok = np.ones(len(at), dtype=np.bool_) if ok is None else ok
+        self.columns: dict[str, NDArray[np.generic]] = {}
+        self.expected = np.full(len(at), -1, dtype=np.int16)
+        self.missed_at = at.copy()
 
     def fail(self, good: NDArray[np.bool_], expectation: int) -> None:
         """Lines that matched so far and are not ``good`` missed the expectation of this number."""
         if good.all():
             return
-        failed = self.ok & ~good
-        self.expected[failed] = expectation
-        self.failed_at[failed] = self.at[failed]
+        missed = self.ok & ~good & (self.missed_at <= self.at)  # an option that got further says more
+        self.expected[missed] = expectation
+        self.missed_at[missed] = self.at[missed]
         self.ok = self.ok & good
+
+    def option(self, inner: Match) -> None:
+        """Take over what an option found, and remember where it failed if it got further than any before."""
+        for name, column in inner.columns.items():
+            before = self.columns.get(name, np.array(missing_value(column.dtype), dtype=column.dtype))
+            self.columns[name] = column if inner.ok.all() else np.where(inner.ok, column, before)
+        if not inner.ok.all():
+            further = self.ok & ~inner.ok & (inner.missed_at > np.maximum(self.missed_at, self.at + 1))
+            self.expected = np.where(further, inner.expected, self.expected)
+            self.missed_at = np.where(further, inner.missed_at, self.missed_at)
+        self.at = np.where(inner.ok, inner.at, self.at)
 
 
 class Format:
@@ -170,6 +192,8 @@ class Format:
         self.expectations: list[str] = []
         self._steps = self._compile(re.findall(r"\{[^}]*\}|[\[\]]|[ ]+|[^{}\[\] ]+", text))
         self._end = self._expect("the end of the line")
+        last, *arguments = self._steps[-1]
+        self.open = last == self._maybe or (last == self._choice and any(not text for _, text in arguments[1]))
 
     def __repr__(self) -> str:
         return f"Format({self.text!r})"
@@ -205,7 +229,8 @@ class Format:
         if "=" in kind:
             self._declare(name, np.uint64)
             flags = {flag.encode(): int(bit, 0) for flag, bit in (part.split("=") for part in kind.split(","))}
-            return (self._flags, name, flags, self._expect(f"{name} within 64 bits"))
+            expected = self._expect(f"a flag or a number behind | ({name})")
+            return (self._flags, name, flags, expected, self._expect(f"{name} within 64 bits"))
         if "|" in kind:
             self._declare(name, np.int8)
             choices = [choice.encode() for choice in kind.split("|")]
@@ -234,7 +259,7 @@ class Format:
 
     def match(self, text: Text, at: Cursors) -> Match:
         """Match every cursor; a match has to reach the end of its line."""
-        match = Match(at.copy(), np.ones(len(at), np.bool_), {}, np.full(len(at), -1, np.int16), at.copy())
+        match = Match(at)
         self._run(self._steps, text, match)
         match.at = text.skip(match.at, BLANK)
         match.fail(text.bytes[match.at] == ord("\n"), self._end)
@@ -251,17 +276,16 @@ class Format:
             step(text, match, *arguments)
 
     def _maybe(self, text: Text, match: Match, steps: list[tuple]) -> None:
-        inner = Match(match.at, match.ok, {}, np.full(len(match.at), -1, np.int16), match.at.copy())
+        inner = Match(match.at, match.ok)
         self._run(steps, text, inner)
-        taken = inner.ok
-        match.at = np.where(taken, inner.at, match.at)
-        for name, column in inner.columns.items():
-            before = match.columns.get(name, np.array(missing_value(column.dtype), dtype=column.dtype))
-            match.columns[name] = column if taken.all() else np.where(taken, column, before)
+        match.option(inner)
 
     def _blank(self, text: Text, match: Match, expectation: int) -> None:
-        match.fail(BLANK[text.bytes[match.at]] | BLANK[text.bytes[match.at - 1]], expectation)
-        match.at = text.skip(match.at, BLANK)
+        here = BLANK[text.bytes[match.at]]
+        if not here.all():
+            match.fail(here | BLANK[text.bytes[match.at - 1]], expectation)
+        at = match.at + here
+        match.at = text.skip(at, BLANK) if BLANK[text.bytes[at]].any() else at  # nearly always one blank
 
     def _word(self, text: Text, match: Match, word: bytes, expectation: int) -> None:
         found = text.looking_at(match.at, word)
@@ -290,7 +314,7 @@ class Format:
         good = end > at
         if pointer and not good.all():
             close = text.next(at, b")")
-            hidden = ~good & (text.bytes[at] == ord("(")) & (close - at < 24)
+            hidden = ~good & (text.bytes[at] == ord("(")) & (close < text.next(at, b"\n"))
             value, end, good = (
                 np.where(hidden, np.uint64(MISSING), value),
                 np.where(hidden, close + 1, end),
@@ -302,11 +326,14 @@ class Format:
         if name:
             match.columns[name] = value
 
-    def _flags(self, text: Text, match: Match, name: str, flags: dict[bytes, int], too_big: int) -> None:
+    def _flags(
+        self, text: Text, match: Match, name: str, flags: dict[bytes, int], expectation: int, too_big: int
+    ) -> None:
         value = np.zeros(len(match.at), dtype=np.uint64)
         at = match.at.copy()
         reading = match.ok.copy()
         over = np.zeros(len(at), dtype=np.bool_)
+        broken = np.zeros(len(at), dtype=np.bool_)
         while reading.any():
             taken = np.zeros(len(at), dtype=np.bool_)
             for flag, bit in flags.items():
@@ -321,8 +348,10 @@ class Format:
                 over[number] |= too_wide
                 at[number] = end
                 taken[number] = True
+            broken |= reading & ~taken & (text.bytes[at - 1] == ord("|"))
             reading = taken & (text.bytes[at] == ord("|"))
             at += reading
+        match.fail(~broken, expectation)
         match.fail(~over, too_big)
         match.at = at
         if name:
@@ -352,7 +381,8 @@ class Format:
         else:
             end = line_end if stop == b"\n" else text.next(match.at, stop)
             match.fail(end <= line_end, expectation)
-            end = np.minimum(end, line_end)
+            match.at = text.skip(match.at, BLANK)
+            end = np.clip(end, match.at, line_end)
         match.fail(text.trim(match.at, end) - match.at <= width, too_long)
         if name:
             match.columns[name] = text.cut(match.at, end, width)

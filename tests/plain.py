@@ -22,16 +22,19 @@ def reserved_bits(name, level, leaf, maxphyaddr, nxe):
 
 def access(
     entries, *, name="long4", maxphyaddr=52, write=False, fetch=False, user=False, wp=True, nxe=True,
-    smep=False, smap=False, ac=False, pke=False, pkru=0, implicit=False,
+    smep=False, smap=False, ac=False, pke=False, pkru=0, implicit=False, levels=None,
 ):  # fmt: skip
-    """One access through a list of entries, root first: (error code or None for no fault, entries afterwards)."""
+    """One access through a list of entries, root first: (error code or None for no fault, entries afterwards).
+
+    ``levels`` is the level of the first entry, where the list ends before level 1.
+    """
     user = user and not implicit
     large = {"long4": {2, 3}, "long5": {2, 3}, "pae": {2}, "legacy": set(), "legacy-pse": {2}}[name]
     code = W * write | U * user | 0x10 * (fetch and (nxe or smep))
     writable = user_page = executable = True
     used = []
     for place, entry in enumerate(entries):
-        level = len(entries) - place
+        level = (levels or len(entries)) - place
         leaf = level == 1 or (level in large and bool(entry & PS))
         if not entry & P:
             return code, entries
@@ -62,7 +65,7 @@ def access(
         return code, entries
     after = list(entries)
     for place in used:
-        if not (name == "pae" and len(entries) - place == 3):
+        if not (name == "pae" and (levels or len(entries)) - place == 3):
             after[place] |= A
     after[used[-1]] |= D * write
     return OK, after

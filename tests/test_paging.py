@@ -1,13 +1,13 @@
 """mmu.paging: every state of kvm-unit-tests' access test, and a plain-Python walk for what that test leaves out."""
 
-import kut_access as kut
 import numpy as np
-import plain
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmu import paging
+from tests import kut_access as kut
+from tests import plain
 
 COUNTS = {(52, False): 933_888, (52, True): 9_338_880, (37, False): 1_916_928, (37, True): 19_169_280}
 COUNTS |= {(51, False): 1_916_928, (51, True): 19_169_280, (36, False): 2_899_968, (36, True): 28_999_680}
@@ -41,6 +41,7 @@ def test_number_of_states(maxphyaddr, pku):
 
 
 @given(st.integers(0, 2 ** len(kut.NAMES) - 1), st.sampled_from([36, 37, 51, 52]), st.booleans())
+@settings(deadline=None)
 def test_states_are_a_product(state, maxphyaddr, pku):
     """A state is legal exactly when it is in the enumeration's product of legal groups."""
     flags = np.array([state], dtype=np.uint32)
@@ -105,7 +106,7 @@ def walks(draw):
 
 
 @given(walks(), st.integers(32, 52), st.lists(st.booleans(), min_size=10, max_size=10), st.integers(0, 2**32 - 1))
-@settings(max_examples=400)
+@settings(max_examples=400, deadline=None)
 def test_any_access_equals_plain_python(walk, maxphyaddr, flags, pkru):
     """In every paging mode, level and CPU setting the arrays give what one plain walk at a time gives."""
     name, entries = walk
@@ -118,6 +119,27 @@ def test_any_access_equals_plain_python(walk, maxphyaddr, flags, pkru):
         code, after = plain.access(path, name=name, **options)
         assert (bool(out.fault[place]), int(out.code[place])) == (code is not None, code or 0)
         assert out.entries[place].tolist() == after
+
+
+@pytest.mark.parametrize("nxe", [True, False])
+@pytest.mark.parametrize("cpu", range(16), ids=lambda cpu: f"cpu{cpu:04b}")
+def test_look_up_equals_the_rules(cpu, nxe):
+    """For every leaf, access and CPU setting the table that was asked once says what the rules say each time."""
+    options = {name: bool(cpu >> bit & 1) for bit, name in enumerate(("wp", "smep", "smap", "ac"))} | {"nxe": nxe}
+    low, kinds = np.arange(256, dtype=np.uint64), np.array([0, 2, 4, 6, 16, 20], dtype=np.uint8)
+    extra = np.array([0, 1 << 63, 1 << 51, 1 << 40, 1 << 39, 1 << 52 | 3 << 59], dtype=np.uint64)
+    leaf, kind = (grid.ravel() for grid in np.meshgrid(low[:, None] | extra, kinds, indexing="ij"))
+    access = {"write": kind & 2 != 0, "user": kind & 4 != 0, "fetch": kind & 16 != 0}
+    rules = paging.access(leaf[:, None], maxphyaddr=40, **access, **options)
+    codes = paging.fault_codes(leaf, kind, maxphyaddr=40, **options)
+    assert codes.tolist() == np.where(rules.fault, rules.code.astype(np.int64), paging.NO_FAULT).tolist()
+
+
+def test_look_up_block_by_block():
+    """Pairs beyond one block are looked up like those in the first."""
+    leaf = np.tile(np.array([0, 5, 7], dtype=np.uint64), 70_000)
+    codes = paging.fault_codes(leaf, np.full(leaf.size, 6, dtype=np.uint8))
+    assert codes.dtype == np.int8 and np.array_equal(codes.reshape(-1, 3), np.broadcast_to([6, 7, -1], (70_000, 3)))
 
 
 def test_flags_broadcast():

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jupytext
 import nbformat
+import yaml
 from nbclient import NotebookClient
 
 TEXT = Path("_build/text")
@@ -24,7 +25,9 @@ def execute(path):
     notebook = nbformat.read(path, 4)
     options = {"timeout": 120, "kernel_name": "python3", "record_timing": False, "coalesce_streams": True}
     NotebookClient(notebook, resources={"metadata": {"path": str(path.parent)}}, **options).execute()
+    _fetch(notebook)
     notebook.metadata = {
+        **{key: value for key, value in notebook.metadata.items() if key == "myst"},  # the page's description
         "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
         "language_info": {"name": "python", "pygments_lexer": "ipython3"},
     }
@@ -45,13 +48,31 @@ def execute(path):
     print(f"{path}: executed and stored")
 
 
+def _fetch(notebook):
+    """Where the repository is known, begin with a cell that fetches it on machines that have only the notebook."""
+    cells = [cell for cell in notebook.cells if "fetch" not in cell.metadata.get("tags", [])]
+    repository = yaml.safe_load(Path("_config.yml").read_text())["repository"]
+    if repository["url"]:
+        source = (
+            "import importlib.util\n"
+            "if importlib.util.find_spec('mmu') is None:  # as on Colab\n"
+            f"    !git clone --quiet --depth 1 --branch {repository['branch']} {repository['url']} fast-page-fault\n"
+            "    %pip install --quiet ./fast-page-fault[book] myst-nb\n"
+            "    %cd -q fast-page-fault/book"
+        )
+        cells.insert(0, nbformat.v4.new_code_cell(source, metadata={"tags": ["remove-cell", "fetch"]}))
+    notebook.cells = cells
+
+
 def written(path):
     """What an author wrote in a chapter: its cells without what they printed and what :func:`execute` added."""
-    cells = jupytext.read(path).cells
+    notebook = jupytext.read(path)
+    cells = notebook.cells
     kept = [{key: value for key, value in cell.metadata.items() if key in ("tags", "mystnb")} for cell in cells]
     for metadata in kept:
         metadata.get("mystnb", {}).pop("image", None)
-    return [(cell.cell_type, cell.source, metadata) for cell, metadata in zip(cells, kept, strict=True)]
+    parts = [(cell.cell_type, cell.source, metadata) for cell, metadata in zip(cells, kept, strict=True)]
+    return notebook.metadata.get("myst"), parts
 
 
 def main(command, *paths):
@@ -67,6 +88,7 @@ def main(command, *paths):
             notebook = jupytext.read(path)
             for cell in notebook.cells:
                 cell.metadata.get("mystnb", {}).pop("image", None)  # `run` computes it
+            notebook.metadata["jupytext"] = {"notebook_metadata_filter": "kernelspec,jupytext,myst"}
             jupytext.write(notebook, text, fmt="md:myst")
             print(text)
         elif command == "fold":

@@ -1,6 +1,9 @@
-"""The book's Sphinx extension: the players' script and style sheet beside the pages, and citations that read well."""
+"""The book's Sphinx extension: players beside the pages, buttons that lead somewhere, citations that read well."""
 
+import os
 from pathlib import Path
+
+from sphinx.ext.napoleon.docstring import GoogleDocstring
 
 from mmu import widgets
 
@@ -15,13 +18,33 @@ def _players(app):
     app.add_css_file("players.css")
 
 
+def _buttons(app, config):
+    # repository, Binder and Colab buttons lead somewhere only when _config.yml says where the repository is
+    options = config.html_theme_options
+    known = bool(options.get("repository_url"))
+    options.update(use_repository_button=known, use_issues_button=known)
+    if not known:
+        options["launch_buttons"] = {}
+    if os.environ.get("FPF_BASEURL"):  # the workflow knows where it publishes
+        config.html_baseurl = os.environ["FPF_BASEURL"].rstrip("/") + "/"
+
+
 def _citations(app, page, template, context, doctree):
     # docutils gives list items a role that a list may not hold; screen readers then announce an empty list
     context["body"] = context.get("body", "").replace('role="doc-biblioentry"', 'role="listitem"')
 
 
+def _plain_value(docstring):
+    # napoleon takes what stands before a colon in the first line of a value's docstring for a type; it is text
+    return "", docstring._dedent(docstring._consume_to_end())
+
+
 def setup(app):
     """Register the extension."""
+    if os.environ.get("FPF_SITE"):
+        app.tags.add("site")  # what only the published site has: the offline copy
+    GoogleDocstring._consume_inline_attribute = _plain_value
+    app.connect("config-inited", _buttons)
     app.connect("builder-inited", _players)
     app.connect("html-page-context", _citations)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -15,6 +15,7 @@ const h = (tag, attributes = {}, ...children) => {
 // Keys of a player: {ArrowLeft: f, u: f}. They count while the focus is anywhere inside it. Keys that a player uses,
 // and every key inside its controls, stop here: JupyterLab in command mode would take them on their way up.
 const onKeys = (el, keys) => {
+  el.classList.add("mmu-play");
   el.tabIndex = -1; // a click anywhere inside gives the player its keys; Tab finds its controls
   el.addEventListener("keydown", (event) => {
     const inside = event.target.matches("input, select, textarea, button");
