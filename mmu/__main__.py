@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from typing import Any
 
 from mmu import check as checking
-from mmu import pfec, report, spte
+from mmu import explore_cli, pfec, report, spte
 from mmu.bits import as_words
 
 DONE, DISAGREE, UNUSABLE, STOPPED = 0, 1, 2, 3
@@ -86,7 +87,7 @@ def check(options: argparse.Namespace) -> int:
     files, worst = [], DONE
     for path in options.files:
         try:
-            checked = checking.check(path)
+            checked = checking.check(path, scenario=options.scenario, layout=options.layout)
         except checking.Unusable as error:
             print(f"check: {error}", file=sys.stderr)
             worst = UNUSABLE
@@ -104,7 +105,8 @@ def check(options: argparse.Namespace) -> int:
 
 
 def _print_checked(checked: checking.Checked) -> None:
-    print(f"{checked.path}: {checked.kind}")
+    beside = f", scenario {checked.scenario}" if checked.scenario else ""
+    print(f"{checked.path}: {checked.kind}, held against {checked.rules}{beside}")
     for kind, count in checked.counts.items():
         print(f"  {kind:<12} agree {count['agree']} of {count['of']}")
     for wrong in checked.disagreements[:20]:
@@ -133,13 +135,27 @@ def main(arguments: list[str] | None = None) -> int:
 
     two = commands.add_parser("check", help="compare recorded answers with the package's own")
     two.add_argument("files", nargs="+", metavar="FILE", help="plain or gzipped; - is standard input")
+    which = two.add_mutually_exclusive_group()
+    which.add_argument(
+        "--scenario", metavar="FILE", help="of a trace; default: the JSON beside it"
+    )
+    which.add_argument("--no-scenario", dest="scenario", action="store_const", const=checking.NO_SCENARIO)
+    two.add_argument("--layout", choices=list(spte.LAYOUTS), metavar="NAME", help=_LAYOUT_HELP)
     two.set_defaults(run=check)
 
+    explore_cli.add_parser(commands)
     report.add_parser(commands)
     for command in (one, two):
         command.add_argument("--json", action="store_true", help="print exactly one JSON object")
     options = parser.parse_args(arguments)
-    return options.run(options)
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        print(f"{options.command}: stopped before it was done", file=sys.stderr)
+        return STOPPED
+    except BrokenPipeError:  # whoever read the output has seen enough
+        sys.stdout = open(os.devnull, "w")  # what is still buffered has nowhere to go
+        return DONE
 
 
 if __name__ == "__main__":

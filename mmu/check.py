@@ -7,6 +7,7 @@ prints what comes back; chapters call :func:`check` on a file and look at the di
 from __future__ import annotations
 
 import gzip
+import json
 import sys
 import zlib
 from collections.abc import Callable
@@ -14,7 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmu import codetable
+from mmu import codetable, litmus, replay, trace, walks
+from mmu import scenario as scenarios
+
+NO_SCENARIO = "none"
+"""Passed as a scenario: do not look for one, hold the trace against itself alone."""
 
 
 class Unusable(ValueError):
@@ -33,6 +38,7 @@ class Checked:
     unreadable: list[dict[str, Any]] = field(default_factory=list)
     scenario: str | None = None
     layout: str | None = None
+    rules: str = ""
 
     @property
     def agree(self) -> int:
@@ -64,9 +70,23 @@ def read_bytes(path: str) -> bytes:
         raise Unusable(f"{path}: its compressed data cannot be undone ({error}); fetch or compress it again") from None
 
 
-def _error_codes(path: str, text: str, **_: Any) -> Checked:
+def scenario_of(path: str) -> str | None:
+    """The scenario that lies beside a trace: ``NAME.json`` or ``NAME.json.gz`` for ``NAME.trace``, ``.txt`` or ``.gz``.
+
+    >>> scenario_of("no/such.trace.gz") is None
+    True
+    """
+    if path == "-":
+        return None
+    trace_path = Path(path)
+    stem = trace_path.name.removesuffix(".gz").removesuffix(".trace").removesuffix(".txt")
+    beside = [trace_path.with_name(f"{stem}{ending}") for ending in (".json", ".json.gz")]
+    return next((str(found) for found in beside if found.exists() and found != trace_path), None)
+
+
+def _error_codes(path: str, raw: bytes, **_: Any) -> Checked:
     try:
-        table = codetable.check_table(text)
+        table = codetable.check_table(raw.decode("utf-8", errors="replace"))
     except ValueError as error:
         raise Unusable(f"{path}: {error}") from None
     return Checked(
@@ -75,23 +95,89 @@ def _error_codes(path: str, text: str, **_: Any) -> Checked:
         {"error-codes": {"agree": int(table.agree.sum()), "of": len(table.agree)}},
         disagreements=table.disagreements(),
         unreadable=[{"line": line, "reason": reason} for line, reason in table.unreadable],
+        rules="the rules of a page walk",
     )
 
 
-KINDS: dict[str, tuple[Callable[[str], bool], Callable[..., Checked]]] = {
-    "error-codes": (codetable.is_table, _error_codes),
+def _is_litmus(raw: bytes) -> bool:
+    return raw.lstrip()[:1] == b"{" and b'"tests"' in raw
+
+
+def _litmus(path: str, raw: bytes, **_: Any) -> Checked:
+    try:
+        data = json.loads(raw)
+        tests = data["tests"]
+        bad = {}
+        try:
+            verdicts = litmus.check(data)  # all tests as one batch
+        except litmus.LitmusError:
+            for number, test in enumerate(tests, 1):
+                try:
+                    litmus.validate(test)
+                except litmus.LitmusError as error:
+                    bad[number] = str(error)
+            verdicts = litmus.check({"tests": [test for number, test in enumerate(tests, 1) if number not in bad]})
+    except (ValueError, TypeError, KeyError) as error:
+        raise Unusable(f"{path}: {error}; expected an object whose 'tests' is a list of litmus tests") from None
+    return Checked(
+        path,
+        "litmus",
+        {"litmus": {"agree": sum(said == recorded for _, _, said, recorded in verdicts), "of": len(verdicts)}},
+        disagreements=[
+            {"line": 0, "kind": "litmus", "predicted": said, "recorded": recorded, "reason": f"{name} under {model}"}
+            for name, model, said, recorded in verdicts
+            if said != recorded
+        ],
+        unreadable=[{"line": number, "reason": f"test {number}: {reason}"} for number, reason in bad.items()],
+        rules="every interleaving, under SC and x86-TSO",
+    )
+
+
+def _trace(path: str, raw: bytes, *, scenario: str | None = None, layout: str | None = None) -> Checked:
+    found = None if scenario == NO_SCENARIO else scenario or scenario_of(path)
+    if found is None:
+        raise Unusable(f"{path}: no scenario lies beside this trace; name one with --scenario")
+    try:
+        scene = scenarios.parse(read_bytes(found).decode("utf-8", errors="replace"))
+        said = replay.check(raw, scene, layout)
+        walked = walks.check_walks(trace.read(raw), scene)
+    except Unusable:
+        raise
+    except ValueError as error:
+        raise Unusable(f"{path} with {found}: {error}") from None
+    return Checked(
+        path,
+        "trace",
+        {"walks": {"agree": walked.agree, "of": walked.of}, **said["counts"]},
+        disagreements=sorted([*walked.disagreements, *said["disagreements"]], key=lambda wrong: wrong["line"] or 0),
+        findings=said["findings"],
+        unreadable=said["unreadable"],
+        scenario=found,
+        layout=said["layout"],
+        rules="prediction from the scenario alone, and replay rules",
+    )
+
+
+KINDS: dict[str, tuple[Callable[[bytes], bool], Callable[..., Checked]]] = {
+    "error-codes": (lambda raw: codetable.is_table(raw[:4096].decode("utf-8", errors="replace")), _error_codes),
+    "litmus": (_is_litmus, _litmus),
+    "trace": (lambda raw: len(trace.read(raw[: 1 << 20])) > 0, _trace),
 }
-"""Whether a text's beginning is of a kind, and how that kind is compared, by the kind's name."""
+"""Whether a file's content is of a kind, and how that kind is compared, by the kind's name."""
 
 
 def check(path: str, **options: Any) -> Checked:
     """Recognise one file by its content and compare it.
 
+    Args:
+        path: the file, plain or gzipped; ``-`` is standard input.
+        options: for traces, ``scenario`` (a path, or :data:`NO_SCENARIO`) and ``layout``.
+
     Raises:
         Unusable: the file cannot be read or no kind recognises it; the message says which kinds there are.
     """
-    text = read_bytes(path).decode("utf-8", errors="replace")
+    raw = read_bytes(path)
     for recognises, compare in KINDS.values():
-        if recognises(text[:4096]):
-            return compare(path, text, **options)
+        if recognises(raw):
+            return compare(path, raw, **options)
     raise Unusable(f"{path}: not recognised by its content; expected one of: {', '.join(KINDS)}")

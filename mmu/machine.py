@@ -8,6 +8,10 @@ from x86-TSO with it.
 x86-TSO (Owens, Sarkar, Sewell 2009): a plain store enters the vCPU's own first-in first-out store buffer, and draining
 its head is a move of its own; a load is answered by the newest entry of the own buffer, else by memory; a fence or a
 locked step waits until the own buffer is empty. Under SC a store acts at once.
+
+A program that loops without ever draining would fill a buffer without end. Here a buffer holds at most BUFFER stores,
+or as many as a path has; ``Machine.bounded`` says whether a store ever had to wait for that reason. What is bad with a
+bounded buffer is bad without; what is safe with it is not thereby proved safe.
 """
 
 from __future__ import annotations
@@ -25,13 +29,15 @@ from mmu.program import DONE, OOPS, Program, ProgramError, Step, Word
 SC, TSO = "SC", "TSO"
 MEMORY_MODELS = (SC, TSO)
 MAX_SHARED_BITS = 20
+BUFFER = 4
+OVERFLOW = "overflow"  # the label of an actor that stored a value its field cannot hold
 
 Writes = tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
 class Local:
-    """One actor's local state: the label of its next step, its live locals, and its store buffer, oldest store first."""
+    """One actor's local state: its next step's label, its live locals, its store buffer with the oldest store first."""
 
     path: str = ""
     label: str = ""  # "" at the choice of a path, else the next step, DONE or OOPS
@@ -50,7 +56,7 @@ class Local:
 
 @dataclass(frozen=True)
 class Move:
-    """One thing an actor may do next: a step of a path, or the draining of its oldest buffered store (``step`` None)."""
+    """One thing an actor may do next: a step of a path, or (``step`` None) draining its oldest store."""
 
     path: str
     step: Step | None
@@ -84,6 +90,7 @@ class Event:
 
     actor: int
     kind: str  # "step" or "flush"
+    label: str  # of the step, "" for a flush
     text: str
     target: State
 
@@ -96,7 +103,7 @@ class Machine:
         memory: ``"SC"`` or ``"TSO"``.
 
     Raises:
-        ValueError: an unknown memory model. ProgramError: a value that does not fit its field, or too many shared bits.
+        ValueError: an unknown memory model. ProgramError: too many shared bits.
 
     >>> from mmu.program import Program
     >>> two = Program("word w\\nset:\\n    S0  w = 1\\n", actors=[["set"], ["set"]])
@@ -122,6 +129,8 @@ class Machine:
         self.shared_bits = shift
         if shift > MAX_SHARED_BITS:
             raise ProgramError(f"the shared words need {shift} bits; the tables hold {MAX_SHARED_BITS} at most")
+        self.bounded = False
+        self.overflows: list[str] = []
         self.actors = [_Closure(self, vcpu).actor() for vcpu in range(len(program.actors))]
         self.start = State(start, (0,) * len(self.actors))
 
@@ -149,7 +158,7 @@ class Machine:
     # -- one state at a time --
 
     def events(self, state: State) -> list[Event]:
-        """Every move that is possible in a state, actor by actor, an actor's steps before the draining of its buffer."""
+        """Every move that is possible in a state, actor by actor, an actor's steps before its draining."""
         found = []
         for vcpu, actor in enumerate(self.actors):
             here = state.locals[vcpu]
@@ -159,8 +168,8 @@ class Machine:
                     continue
                 after = int(actor.to_shared[number, here, state.shared])
                 target = State(after, (*state.locals[:vcpu], there, *state.locals[vcpu + 1 :]))
-                kind = "step" if move.step else "flush"
-                found.append(Event(vcpu, kind, self._tell(vcpu, actor.locals[here], move, state.shared), target))
+                kind, label = ("step", move.step.label) if move.step else ("flush", "")
+                found.append(Event(vcpu, kind, label, self._tell(vcpu, actor.locals[here], move, state.shared), target))
         return found
 
     def _tell(self, vcpu: int, local: Local, move: Move, shared: int) -> str:
@@ -203,6 +212,8 @@ class _Closure:
         self.program, self.buffered = machine.program, machine.memory == TSO
         self.paths = self.program.paths[vcpu]
         self.steps = {(path, step.label): step for path, steps in self.paths.items() for step in steps}
+        stores = (sum(step.kind == "store" for step in steps) for steps in self.paths.values())
+        self.buffer = max(BUFFER, *stores)
         self.sizes = {part.name: int(part.size) for part in self.program.parts}
         self.locals = [Local()]
         self.number = {self.locals[0]: 0}
@@ -228,23 +239,32 @@ class _Closure:
         moves = []
         if not local.label:
             moves = [Move(path, steps[0]) for path, steps in self.paths.items()]
-        elif local.label not in (DONE, OOPS):
+        elif local.label not in (DONE, OOPS, OVERFLOW):
             moves = [Move(local.path, self.steps[local.path, local.label])]
-        moves = [move for move in moves if not (move.step and move.step.drains and local.buffer)]
-        return moves + ([Move("", None)] if local.buffer else [])
+        if self.buffered and local.buffer:
+            full = len(local.buffer) >= self.buffer
+            self.machine.bounded |= full and any(move.step.kind == "store" for move in moves if move.step)
+            moves = [
+                move for move in moves if move.step and not (move.step.drains or (full and move.step.kind == "store"))
+            ]
+            moves.append(Move("", None))
+        return moves
 
     def _effect(self, local: Local, move: Move) -> tuple[Any, Any]:
         """Next local state and next shared number, each for every shared number."""
         step = move.step
         if step is None:
-            return self._there(Local(local.path, local.label, local.values, local.buffer[1:])), self._written(local.buffer[0])
+            return self._there(Local(local.path, local.label, local.values, local.buffer[1:])), self._written(
+                local.buffer[0]
+            )
         env = {**dict(local.values), "me": self.program.marks[self.vcpu]}
         if step.reads:
             return self._read(local, move.path, step, env)
         outcome = step.act(env, {})
         assert outcome is not None
         writes = tuple(outcome.writes.items())
-        self._check(step, writes)
+        if self._overflows(step, writes):
+            return self._there(Local(label=OVERFLOW)), self.shared
         buffer = local.buffer
         if step.kind == "store" and self.buffered:
             buffer, writes = (*buffer, writes), ()
@@ -261,16 +281,23 @@ class _Closure:
             outcome = step.act(env, _forward(dict(memory), local.buffer))
             if outcome is None:
                 continue
-            self._check(step, outcome.writes.items())
+            if self._overflows(step, outcome.writes.items()):
+                there[code], after[code] = self._there(Local(label=OVERFLOW)), code
+                continue
             there[code] = self._there(self._next(path, step, outcome, local.buffer))
             after[code] = self.machine.pack({**memory, **outcome.writes})[1] >> shift
         value = self.word_bits[step.word.name]
         return there[value], self.shared & ~(mask << shift) | after[value] << shift
 
-    def _check(self, step: Step, writes: Any) -> None:
+    def _overflows(self, step: Step, writes: Any) -> bool:
+        """Whether a value does not fit; no error yet, because the closure also meets values that no search reaches."""
         for name, value in writes:
             if not 0 <= value < self.sizes[name]:
-                raise ProgramError(f"`{step.label} {step.text}` puts {value} into {name}, which holds 0 to {self.sizes[name] - 1}")
+                self.machine.overflows.append(
+                    f"`{step.label} {step.text}` puts {value} into {name}, which holds 0 to {self.sizes[name] - 1}"
+                )
+                return True
+        return False
 
     def _next(self, path: str, step: Step, outcome: Any, buffer: tuple[Writes, ...]) -> Local:
         kept = tuple(sorted((name, int(outcome.env[name])) for name in step.keeps if name in outcome.env))

@@ -34,11 +34,11 @@ A text declares words, then paths, then what must never be seen::
 
 OLD and NEW are ``(field=value, ...)``, ``(x)`` for all the fields that the local ``x`` was read with, ``(x, w=1)`` for
 those with one replaced, or a plain value for a word without fields. ``me`` is the actor's own mark. ``word mode[vcpu]``
-declares one word for each actor: ``mode[me]`` is its own, and a step labelled ``Z2[r]`` is repeated with ``mode[r]`` for
-every other actor ``r``. ``done`` ends the path, ``oops`` says that the invariant is broken.
+declares one word for each actor: ``mode[me]`` is its own, and a step labelled ``Z2[r]`` is repeated with ``mode[r]``
+for every other actor ``r``. ``done`` ends the path, ``oops`` says that the invariant is broken.
 
-One step is one access to one shared word: what is decided by locals alone belongs to the step that read them, and a step
-that would read two words is refused. Guards block, so there are no busy-wait states.
+One step is one access to one shared word: what is decided by locals alone belongs to the step that read them, and a
+step that would read two words is refused. Guards block, so there are no busy-wait states.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class ProgramError(ValueError):
     """A protocol's text cannot be read; the message quotes the line and says what was expected."""
 
 
-# --- expressions: a little of Python, on ints and on whole arrays alike ------------------------------------------------
+# --- expressions: a little of Python, on ints and on whole arrays alike ---
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ _COMPARE = {
 _ARITHMETIC = {ast.Add: lambda a, b: a + b, ast.Sub: lambda a, b: a - b}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def expression(text: str) -> Expression:
     """Compile a condition such as ``wp and not lock and spte.w``; it then takes ints or arrays by name.
 
@@ -143,12 +143,12 @@ def expression(text: str) -> Expression:
     return Expression(text.strip(), frozenset(names), value)
 
 
-# --- words ------------------------------------------------------------------------------------------------------------
+# --- words ---
 
 
 @dataclass(frozen=True)
 class Part:
-    """One field of a word, or the whole of a word without fields: full name, how many values, the value at the start."""
+    """One field of a word, or a whole word without fields: full name, how many values, the value at the start."""
 
     name: str
     size: int | str  # VCPU: as many as there are marks, and 0
@@ -188,14 +188,16 @@ def _declare(line: str) -> Word:
     for spec in fields.split(",") if colon else [name]:
         found = _PART.fullmatch(spec.strip())
         if not found or (colon and not _PART.fullmatch(name)):
-            raise ProgramError(f"{line!r} declares no word; expected `word NAME` or `word NAME: FIELD, FIELD(vcpu), FIELD(3) = 1`")
+            raise ProgramError(
+                f"{line!r} declares no word; expected `word NAME` or `word NAME: FIELD, FIELD(vcpu), FIELD(3) = 1`"
+            )
         domain = found["domain"] or "2"
         full = f"{name}.{found['name']}" if colon else found["name"]
         parts.append(Part(full, domain if domain == VCPU else int(domain), int(found["start"] or 0)))
     return Word(name if colon else parts[0].name, tuple(parts))
 
 
-# --- steps ------------------------------------------------------------------------------------------------------------
+# --- steps ---
 
 Record = tuple[tuple[str, Expression], ...]  # ((full name of a part, its value), ...)
 
@@ -235,7 +237,7 @@ class Step:
     def act(self, local: Mapping[str, int], seen: Mapping[str, int]) -> Outcome | None:
         """What the step does to the word and where it leads, given locals (``me`` among them) and the word as read.
 
-        Returns None where the step's guard blocks. Dead locals are dropped, so that states differ only where it matters.
+        Returns None where the step's guard blocks.
         """
         env = {**local, **seen}
         if self.guard is not None and not self.guard.value(env):
@@ -305,7 +307,9 @@ class _Reader:
         """The one word that these names belong to; two are an error, because one step is one access."""
         words = {name.split(".")[0] for name in names} & set(self.words)
         if len(words) > 1:
-            raise ProgramError(f"reads {' and '.join(sorted(words))}; one step is one access, so write one step for each")
+            raise ProgramError(
+                f"reads {' and '.join(sorted(words))}; one step is one access, so write one step for each"
+            )
         return self.words[words.pop()] if words else None
 
     def check(self, value: Expression, word: Word | None = None) -> Expression:
@@ -336,7 +340,11 @@ class _Reader:
             call = ast.parse(f"f{text.strip()}" if text.strip().startswith("(") else "", mode="eval").body
         except SyntaxError:
             call = None
-        if not isinstance(call, ast.Call) or len(call.args) > 1 or any(keyword.arg is None for keyword in call.keywords):
+        if (
+            not isinstance(call, ast.Call)
+            or len(call.args) > 1
+            or any(keyword.arg is None for keyword in call.keywords)
+        ):
             raise ProgramError(f"{text.strip()!r} is no value of {word.name}; expected (FIELD=VALUE, ...) or (LOCAL)")
         values: dict[str, Expression] = {}
         if call.args:
@@ -392,12 +400,16 @@ class _Reader:
                 raise ProgramError(f"{word.name} has fields; a lock is a word without")
             if found[1] == "release":
                 return Step(label, text, "store", word, new=((word.name, expression("0")),))
-            return Step(label, text, "locked", word, new=((word.name, expression("1")),), guard=expression(f"not {word.name}"))
+            return Step(
+                label, text, "locked", word, new=((word.name, expression("1")),), guard=expression(f"not {word.name}")
+            )
         if found := match(r"if (.+):\s*(\w+)"):
             condition = expression(found[1])
             word = self.word_in(condition.names)
             if word is None:
-                raise ProgramError("branches without reading a word; put `; if COND: LABEL` behind the step that read it")
+                raise ProgramError(
+                    "branches without reading a word; put `; if COND: LABEL` behind the step that read it"
+                )
             return Step(label, text, "read", word, condition=self.check(condition, word), target=found[2])
         if found := match(r"wait (.+)"):
             guard = expression(found[1])
@@ -461,7 +473,7 @@ def _keep_live(steps: list[Step], observed: frozenset[str]) -> list[Step]:
             return [replace(step, keeps=after(step)) for step in steps]
 
 
-# --- the program ------------------------------------------------------------------------------------------------------
+# --- the program ---
 
 
 @functools.lru_cache(maxsize=256)
@@ -489,7 +501,9 @@ def _lines(text: str) -> tuple[tuple[Word, ...], dict[str, tuple[tuple[str, str]
         elif line[0].isspace() and path is not None and (found := _STEP.match(line.strip())):
             path.append((found["label"], found["body"]))
         else:
-            raise ProgramError(f"{line!r} is neither a word, nor `path:`, nor an indented `LABEL STEP`, nor `oops: COND`")
+            raise ProgramError(
+                f"{line!r} is neither a word, nor `path:`, nor an indented `LABEL STEP`, nor `oops: COND`"
+            )
     if not words or not paths:
         raise ProgramError("a protocol needs at least one `word NAME` and one `path:` with steps")
     return tuple(words), {name: tuple(steps) for name, steps in paths.items()}, bad
@@ -512,14 +526,18 @@ def _path(
     labels = [step.label for step in steps]
     for label in labels:
         if labels.count(label) > 1 or label in (DONE, OOPS):
-            raise ProgramError(f"{name}: the label {label} {'is reserved' if label in (DONE, OOPS) else 'stands twice'}")
+            raise ProgramError(
+                f"{name}: the label {label} {'is reserved' if label in (DONE, OOPS) else 'stands twice'}"
+            )
     first = {label.partition("[")[0]: label for label in reversed(labels)}  # a repeated step is entered at its first
 
     def resolve(step: Step, label: str) -> str:
         if label in ("", DONE, OOPS):
             return label
         if label not in first:
-            raise ProgramError(f"{name}: `{step.label} {step.text}` leads to {label}; there are {', '.join(first)}, done, oops")
+            raise ProgramError(
+                f"{name}: `{step.label} {step.text}` leads to {label}; there are {', '.join(first)}, done, oops"
+            )
         return first[label]
 
     linked = [
@@ -572,14 +590,20 @@ class Program:
         if not self.actors or not all(self.actors):
             raise ProgramError("every actor needs a path to run, and there must be one actor at least")
         if len(self.marks) != len(self.actors) or min(self.marks) < 1:
-            raise ProgramError(f"marks are {self.marks}; expected one for each of {len(self.actors)} actors, none below 1")
+            raise ProgramError(
+                f"marks are {self.marks}; expected one for each of {len(self.actors)} actors, none below 1"
+            )
         self.words = tuple(
             Word(each(word.name), tuple(Part(each(part.name), self._size(part), part.start) for part in word.parts))
             for word in declared
             for each in self._copies(word)
         )
         self.marked = frozenset(  # parts that hold a vCPU's mark
-            each(part.name) for word in declared for each in self._copies(word) for part in word.parts if part.size == VCPU
+            each(part.name)
+            for word in declared
+            for each in self._copies(word)
+            for part in word.parts
+            if part.size == VCPU
         )
         for part in self.parts:
             if not 0 <= part.start < part.size:
@@ -626,7 +650,9 @@ class Program:
 
 
 def edit(text: str, changes: Mapping[str, str | None]) -> str:
-    """A variant of a protocol: the step of each named label replaced by another, or left out (None).
+    """A variant of a protocol: the step of each named label replaced by another, by several lines, or left out (None).
+
+    Where a step is left out, jumps to it lead to the step after it.
 
     >>> print(edit("word w\\npath:\\n    A  w = 1\\n    B  smp_mb   # drain\\n", {"B": None, "A": "w = 0"}))
     word w
@@ -636,16 +662,28 @@ def edit(text: str, changes: Mapping[str, str | None]) -> str:
     Raises:
         ProgramError: no step of that label.
     """
-    lines = []
-    left = dict(changes)
+    left, lines = dict(changes), []
+    gone: list[str] = []  # steps left out, since the last one kept: jumps to them go to the next one kept
     for line in text.splitlines():
         found = re.match(r"(\s+)(\w+(?:\[r\])?)(\s+)\S", line)
-        if found and found[2] in left:
-            body = left.pop(found[2])
-            if body is not None:
-                lines += [f"{found[1]}{label_and_body}" for label_and_body in f"{found[2]}{found[3]}{body}".split("\n")]
-        else:
+        if not found and line.strip():  # the path is over
+            lines, gone = _redirect(lines, gone, DONE), []
+        if not found or found[2] not in left:
             lines.append(line)
+        elif (body := left.pop(found[2])) is None:
+            gone.append(found[2])
+            continue
+        else:
+            first, *more = body.split("\n")
+            lines += [f"{found[1]}{found[2]}{found[3]}{first}", *(found[1] + step for step in more)]
+        if found:
+            lines, gone = _redirect(lines, gone, found[2].removesuffix("[r]")), []
     if left:
         raise ProgramError(f"no step is labelled {', '.join(left)}")
-    return "\n".join(lines)
+    return "\n".join(_redirect(lines, gone, DONE))
+
+
+def _redirect(lines: list[str], gone: Iterable[str], label: str) -> list[str]:
+    for old in gone:
+        lines = [re.sub(rf"(: |else ){old}(?=\s*(#|$))", rf"\g<1>{label}", line) for line in lines]
+    return lines

@@ -1,13 +1,13 @@
 """The protocols of the book as texts, and their variants as edits of a few lines.
 
-``one-shot`` and ``looping`` are the fast page fault as Xiao Guangrong's message of 2012-03-29 has it (chapters 6 to 10);
-``merged`` is the design that Linux 3.6 took instead (chapter 12); ``gfn-aba``, ``zap`` and ``flush`` are the book's own
-findings beyond the message (chapters 8 and 12); the ``walk-`` models are a page walk against the freeing of the page
-(chapter 5): unprotected, and as in Linux 3.4, in Linux 3.6, and in the TDP MMU. Each text is in the language of
-:mod:`mmu.program`; a variant names the steps that it changes, so that two versions differ by what one can read.
+``one-shot`` and ``looping`` are the fast page fault as Xiao Guangrong's message of 2012-03-29 has it (chapters 6 to
+10); ``merged`` is the design that Linux 3.6 took instead (chapter 12); ``gfn-aba``, ``zap`` and ``flush`` are the
+book's own findings beyond the message (chapters 8 and 12); the ``walk-`` models are a page walk against the freeing of
+the page (chapter 5): unprotected, and as in Linux 3.4, in Linux 3.6, and in the TDP MMU. Each text is in the language
+of :mod:`mmu.program`; a variant names the steps that it changes, so that two versions differ by what one can read.
 
-What the models leave out: addresses (there is one spte), the TLB (but in ``flush``), the slow path (but past the limit of
-marks), and everything of a CPU but its store buffer.
+What the models leave out: addresses (there is one spte), the TLB (but in ``flush``), the slow path (but past the limit
+of marks), and everything of a CPU but its store buffer.
 """
 
 from __future__ import annotations
@@ -295,23 +295,28 @@ class Model:
 _READ_ALL = "old = spte; if old.w: done"
 _SEED = {
     "seed": Variant("as the message of 2012 has it"),
-    "no-id": Variant(
-        "no identification", {"F1": None, "F2": None, "F4": "cmpxchg spte: (w=0, id=0) -> (w=1, id=0)"}
-    ),
+    "no-id": Variant("no identification", {"F1": None, "F2": None, "F4": "cmpxchg spte: (w=0, id=0) -> (w=1, id=0)"}),
     "shared-id": Variant("identification not unique", marks="shared"),
     "protector-w-only": Variant("the protector looks only at w", {"W3": "if not spte.w: W5"}),
     "no-fault-mb": Variant("no smp_mb on the fault side", {"F2": None}),
     "no-protect-mb": Variant("no smp_mb on the protect side", {"W2": None}),
     "no-mb": Variant("no smp_mb at all", {"F2": None, "W2": None}),
-    "cmpxchg-id": Variant("id set by a cmpxchg", _CMPXCHG := {"F0": _READ_ALL, "F1": "cmpxchg spte: (old) -> (old, id=me) else done"}),
+    "cmpxchg-id": Variant(
+        "id set by a cmpxchg", _CMPXCHG := {"F0": _READ_ALL, "F1": "cmpxchg spte: (old) -> (old, id=me) else done"}
+    ),
     "cmpxchg-id-no-fault-mb": Variant("id set by a cmpxchg, no smp_mb on the fault side", {**_CMPXCHG, "F2": None}),
     "cmpxchg-id-no-protect-mb": Variant("id set by a cmpxchg, no smp_mb on the protect side", {**_CMPXCHG, "W2": None}),
     "cmpxchg-shared-id": Variant("id set by a cmpxchg, not unique", _CMPXCHG, marks="shared"),
-    "rmw-id": Variant("id set by a 64-bit read-modify-write that is not atomic", _RMW := {"F0": _READ_ALL, "F1": "spte = (old, id=me)"}),
+    "rmw-id": Variant(
+        "id set by a 64-bit read-modify-write that is not atomic",
+        _RMW := {"F0": _READ_ALL, "F1": "spte = (old, id=me)"},
+    ),
     "rmw-shared-id": Variant("the same, not unique", _RMW, marks="shared"),
     "plain-clear": Variant("the protector clears by a plain store", {"W4": "spte = (w=0, id=0)"}),
     "wrapped-id": Variant("one vCPU more than there are marks, and marks wrap around", marks="wraps"),
-    "slow-past-limit": Variant("the same, and the vCPU without a mark takes the slow path", text=SEED_2012 + SLOW_PATH, marks="slow"),
+    "slow-past-limit": Variant(
+        "the same, and the vCPU without a mark takes the slow path", text=SEED_2012 + SLOW_PATH, marks="slow"
+    ),
 }
 _READ_PRESENT = "old = spte; if old.w or not old.p: done"
 _WALK = {
@@ -323,7 +328,9 @@ _WALK = {
 }
 
 MODELS: dict[str, Model] = {
-    "one-shot": Model("each vCPU runs once: one write-protects, the others fault", SEED_2012, _SEED, (["fault"], ["protect"])),
+    "one-shot": Model(
+        "each vCPU runs once: one write-protects, the others fault", SEED_2012, _SEED, (["fault"], ["protect"])
+    ),
     "looping": Model(
         "each vCPU faults, write-protects and un-protects for ever",
         SEED_2012,
@@ -374,7 +381,8 @@ MODELS: dict[str, Model] = {
             "seed": Variant("flush if the w that was read was set"),
             "flush-if-cleared": Variant("flush whenever something was cleared", {"W4": "xchg spte: (w=0, id=0)"}),
             "flush-on-xchg": Variant(
-                "flush if the w that the xchg returned was set", {"W4": "was = xchg spte: (w=0, id=0); if not was.w: W6"}
+                "flush if the w that the xchg returned was set",
+                {"W4": "was = xchg spte: (w=0, id=0); if not was.w: W6"},
             ),
             "merged": Variant("the merged design, flush if the w that was read was set", text=FLUSH_MERGED),
             "merged-on-xchg": Variant(
@@ -386,7 +394,10 @@ MODELS: dict[str, Model] = {
         (["fault"], ["protect"]),
     ),
     "walk-none": Model(
-        "a page walk against the freeing of the page, unprotected", WALK_NONE, {"seed": _WALK["seed"]}, (["walk"], ["free"])
+        "a page walk against the freeing of the page, unprotected",
+        WALK_NONE,
+        {"seed": _WALK["seed"]},
+        (["walk"], ["free"]),
     ),
     "walk-reader-counter": Model(
         "Linux 3.4: a shared counter of readers, and call_rcu while there are any",
@@ -458,7 +469,7 @@ def program(model: str = "one-shot", variant: str = "seed", vcpus: int = 3) -> P
 
 
 def one_shot(vcpus: int = 3, variant: str = "seed") -> Program:
-    """The one-shot model: the last vCPU write-protects once, the others fault once. The message's own picture has three."""
+    """The one-shot model: the last vCPU write-protects once, the others fault once. The message pictures three."""
     return program("one-shot", variant, vcpus)
 
 

@@ -102,6 +102,43 @@ def test_one_bad_file_does_not_stop_the_others(capsys, tmp_path):
     assert (record["agree"], record["of"]) == (7680, 7680)
 
 
+LITMUS = Path(__file__).parent / "data/x86-tso.json"
+
+
+def test_check_litmus(capsys):
+    """All 93 litmus tests agree under both memory models: 186 of 186."""
+    code, record, _ = run(capsys, "check", str(LITMUS))
+    assert code == 0
+    assert record["files"][0]["counts"] == {"litmus": {"agree": 186, "of": 186}}
+
+
+def test_check_litmus_names_what_it_cannot_read(capsys, tmp_path):
+    """A test in another form is named with its reason, and the others are still compared; a wrong verdict is found."""
+    data = json.loads(LITMUS.read_text())
+    data["tests"] = data["tests"][:5]
+    data["tests"][1]["threads"][0][0][0] = "TELEPORT"
+    data["tests"][2]["sc"] = {"allowed": "forbidden", "forbidden": "allowed"}[data["tests"][2]["sc"]]
+    changed = tmp_path / "litmus.json"
+    changed.write_text(json.dumps(data))
+    code, record, _ = run(capsys, "check", str(changed))
+    assert code == 1
+    assert (record["agree"], record["of"]) == (7, 8)
+    assert "TELEPORT" in record["files"][0]["unreadable"][0]["reason"]
+
+
+TRACES = Path(__file__).parent / "data/kvm-traces"
+
+
+def test_check_finds_the_scenario_beside_a_trace(capsys):
+    """A trace is held against the scenario that lies beside it, and every walk, fault, value and bitmap agrees."""
+    code, record, _ = run(capsys, "check", str(TRACES / "npt0_E.trace.gz"))
+    [file] = record["files"]
+    assert code == 0
+    assert file["scenario"].endswith("npt0_E.json.gz")
+    assert set(file["counts"]) == {"walks", "faults", "fast", "returns", "injected", "values", "bitmaps"}
+    assert file["agree"] == file["of"] > 3000
+
+
 def test_nothing_to_compare(capsys, tmp_path):
     """A table without a row compares nothing and exits with 2."""
     header = [line for line in gzip.decompress(TABLE.read_bytes()).decode().splitlines()[:2]]

@@ -1,0 +1,309 @@
+"""Every state of a machine as one 64-bit key, and one move of a whole frontier of them: what :mod:`mmu.explore` drives.
+
+The actors are split into two halves. Joint local states of a half are numbered as they are met, so a key has three
+parts: number of the first half, shared words, number of the second half. What a half may do at one value of the shared
+words is looked up once; from then on a move is an addition to a key. Chapter 9 counts with it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmu.machine import Actor, Machine, State
+
+MAX_BYTES = 1 << 30
+MAX_JOINT = 1 << 26
+CHUNK = 1 << 13  # frontier states at a time: what they lead to still fits a second-level cache
+
+Keys = NDArray[np.int64]
+
+
+class OutOfRoom(Exception):
+    """A bound on states or bytes was reached; what was counted so far stands, the verdict does not."""
+
+
+class _Half:
+    """Some actors together. A *row* is one of their joint local states beside one value of the shared words.
+
+    Joint states get numbers when they are first met, so only reachable ones take room, and a row's moves are looked up
+    in the actors' tables when the row is first met. Rows lie in an array of (state, shared), or of (shared, state) for
+    the half whose number ends a key; a move adds ``change`` to a key.
+    """
+
+    UNMET = 255
+
+    def __init__(self, machine: Machine, vcpus: range, ends_key: bool) -> None:
+        self.actors: list[Actor] = [machine.actors[vcpu] for vcpu in vcpus]
+        self.vcpus, self.ends_key, self.shared_bits = vcpus, ends_key, machine.shared_bits
+        self.sizes = [len(actor.locals) for actor in self.actors]
+        self.strides = [math.prod(self.sizes[:place]) for place in range(len(self.sizes))]
+        if math.prod(self.sizes) > MAX_JOINT:
+            raise OutOfRoom(
+                f"{len(vcpus)} actors have {math.prod(self.sizes)} joint local states, more than {MAX_JOINT}"
+            )
+        self.number = np.full(math.prod(self.sizes), -1, dtype=np.int32)  # (joint code,)
+        self.number[0] = 0
+        self.codes = np.zeros(1, dtype=np.int64)  # (number,)
+        self.bits = 0  # room for 2**bits joint states
+        none = np.zeros(0, dtype=np.int64)
+        self.edges = {name: none for name in ("state", "shared", "to_state", "to_shared", "actor", "move")}
+        self.change = none  # (edge,)
+        self.count = np.full(1 << self.shared_bits, self.UNMET, dtype=np.uint8)  # (row,) number of moves
+        self.first = np.zeros(1 << self.shared_bits, dtype=np.int64)  # (row,) of its moves, the first edge
+
+    def row(self, state: Keys, shared: Keys) -> Keys:
+        """Where a joint state beside a shared value lies."""
+        return shared << self.bits | state if self.ends_key else state << self.shared_bits | shared
+
+    def split(self, rows: Keys) -> tuple[Keys, Keys]:
+        """The joint state and the shared value of rows."""
+        if self.ends_key:
+            return rows & (1 << self.bits) - 1, rows >> self.bits
+        return rows >> self.shared_bits, rows & (1 << self.shared_bits) - 1
+
+    def locals_of(self, state: Keys) -> list[Keys]:
+        """Each actor's own local state."""
+        codes = self.codes[state]
+        return [codes // stride % size for stride, size in zip(self.strides, self.sizes, strict=True)]
+
+    def meet(self, rows: Keys) -> None:
+        """Look up the moves of rows that are met for the first time, numbering the joint states they lead to."""
+        rows = np.unique(rows)
+        state, shared = self.split(rows)
+        codes = self.codes[state]
+        source, to_code, to_shared, who, which = ([np.zeros(0, dtype=np.int64)] for _ in range(5))
+        for vcpu, actor, stride, local in zip(
+            self.vcpus, self.actors, self.strides, self.locals_of(state), strict=True
+        ):
+            for move in range(len(actor.to_local)):
+                there = actor.to_local[move, local, shared]
+                can = np.flatnonzero(there >= 0)
+                source.append(can)
+                to_code.append(codes[can] + (there[can] - local[can]) * stride)
+                to_shared.append(actor.to_shared[move, local[can], shared[can]].astype(np.int64))
+                who.append(np.full(can.size, vcpu, dtype=np.int64))
+                which.append(np.full(can.size, move, dtype=np.int64))
+        order = np.argsort(at := np.concatenate(source), kind="stable")
+        at, code = at[order], np.concatenate(to_code)[order]
+        new = np.unique(code[self.number[code] < 0])
+        self.number[new] = np.arange(len(self.codes), len(self.codes) + len(new), dtype=np.int32)
+        self.codes = np.concatenate([self.codes, new])
+        count = np.bincount(at, minlength=len(rows))
+        self.count[rows] = count
+        self.first[rows] = len(self.edges["state"]) + np.cumsum(count, dtype=np.int64) - count
+        found = {
+            "state": state[at],
+            "shared": shared[at],
+            "to_state": self.number[code].astype(np.int64),
+            "to_shared": np.concatenate(to_shared)[order],
+            "actor": np.concatenate(who)[order],
+            "move": np.concatenate(which)[order],
+        }
+        self.edges = {name: np.concatenate([self.edges[name], found[name]]) for name in found}
+
+    def make_room(self) -> bool:
+        """Widen the rows when there are more joint states than room; says whether it did."""
+        bits = int(len(self.codes) - 1).bit_length()
+        if bits <= self.bits:
+            return False
+        old, shared = 1 << self.bits, 1 << self.shared_bits
+        for name, empty in (("count", self.UNMET), ("first", 0)):
+            values = getattr(self, name)
+            if self.ends_key:
+                wide = np.full((shared, 1 << bits), empty, dtype=values.dtype)
+                wide[:, :old] = values.reshape(shared, old)
+            else:
+                wide = np.full((1 << bits, shared), empty, dtype=values.dtype)
+                wide[:old] = values.reshape(old, shared)
+            setattr(self, name, wide.ravel())
+        self.bits = bits
+        return True
+
+    def aim(self, unit: int) -> None:
+        """What each move adds to a key, when one row of this half is worth ``unit``."""
+        edges = self.edges
+        there, here = self.row(edges["to_state"], edges["to_shared"]), self.row(edges["state"], edges["shared"])
+        self.change = (there - here) * unit
+
+    def alone(self, shared: int) -> None:
+        """Meet every row that these actors reach by themselves: most of what they will ever need, in one go."""
+        rows = self.row(np.zeros(1, dtype=np.int64), np.full(1, shared, dtype=np.int64))
+        while rows.size:
+            known = len(self.edges["state"])
+            self.meet(rows)
+            self.make_room()
+            rows = self.row(self.edges["to_state"][known:], self.edges["to_shared"][known:])
+            rows = rows[self.count[rows] == self.UNMET]
+
+
+class Space:
+    """Every state of a machine, each a key of 64 bits: joint state of the first half, shared words, of the second half.
+
+    One byte a state tells whether it was seen. The bytes lie row by row; a row is what the first half and the shared
+    words are, numbered when first met, so what excludes each other (two vCPUs holding the lock) takes no room.
+    """
+
+    _NOWHERE = np.int64(1) << np.int64(62)
+
+    def __init__(self, machine: Machine, max_bytes: int = MAX_BYTES) -> None:
+        self.machine, self.max_bytes = machine, max_bytes
+        vcpus = len(machine.actors)
+        # the second half takes the odd actor: a row is then as long, and rows as few, as can be
+        self.high = _Half(machine, range(vcpus // 2), ends_key=False)
+        self.low = _Half(machine, range(vcpus // 2, vcpus), ends_key=True)
+        for half in (self.high, self.low):
+            half.alone(machine.start.shared)
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """Place the parts of a key; forget what was seen."""
+        self.low_bits = self.low.bits
+        self.low_mask = (1 << self.low_bits) - 1
+        self.row_mask = (1 << self.low_bits + self.machine.shared_bits) - 1
+        self.low.aim(1)
+        self.high.aim(1 << self.low_bits)
+        self.rows = 0
+        self.base = np.full(1 << self.high.bits + self.machine.shared_bits, self._NOWHERE, dtype=np.int64)  # (row,)
+        self.seen = np.zeros(0, dtype=np.uint8)  # (place,)
+
+    def begin(self) -> Keys:
+        """Forget what was seen, and return the start as a frontier."""
+        self._lay_out()
+        return self._fresh(np.full(1, self.machine.start.shared << self.low_bits, dtype=np.int64))
+
+    def _places(self, keys: Keys) -> NDArray[np.intp]:
+        """Where the bytes of keys lie; rows that are met for the first time get the next places."""
+        rows = keys >> self.low_bits
+        base = self.base[rows]
+        if base.max(initial=0) == self._NOWHERE:
+            new = np.unique(rows[base == self._NOWHERE])
+            self.base[new] = (np.arange(self.rows, self.rows + len(new), dtype=np.int64) - new) << self.low_bits
+            self.rows += len(new)
+            self._reserve(self.rows << self.low_bits)
+            base = self.base[rows]
+        return (base + keys).astype(np.intp, copy=False)
+
+    def _reserve(self, need: int) -> None:
+        """Room for this many seen-bytes, and some to spare."""
+        if need > self.max_bytes:
+            raise OutOfRoom(f"{need} bytes to mark the states seen are more than the {self.max_bytes} allowed")
+        if need > len(self.seen):
+            room = min(need + (need >> 2 if need > 1 << 24 else need), self.max_bytes)
+            self.seen.resize(room, refcheck=False)  # in place, where a copy would take the bytes twice
+
+    def _fresh(self, keys: Keys) -> Keys:
+        """The keys not seen before, each once; they are marked as seen.
+
+        A key that stands twice must count once. All its copies write into one byte and one of them prevails; a byte has
+        255 tags for 65,025 copies at most, so a second round with a second tag tells those apart that shared the first.
+        """
+        places = self._places(keys)
+        pick = np.flatnonzero(self.seen[places] == 0)
+        places, keys = places[pick], keys[pick]
+        tag = _TAG[: len(keys)]
+        self.seen[places] = tag
+        pick = np.flatnonzero(self.seen[places] == tag)
+        places, keys, tag = places[pick], keys[pick], _SECOND_TAG[pick]
+        self.seen[places] = tag
+        return keys[np.flatnonzero(self.seen[places] == tag)]
+
+    def _rows(self, half: _Half, keys: Keys) -> Keys:
+        """The row of a half that each key holds."""
+        return keys & self.row_mask if half.ends_key else keys >> self.low_bits
+
+    def _meet(self, frontier: Keys) -> Keys:
+        """See to it that every row of the frontier is known; keys change when the second half needs more room."""
+        for half, unit in ((self.high, 1 << self.low_bits), (self.low, 1)):
+            rows = self._rows(half, frontier)
+            new = rows[half.count[rows] == _Half.UNMET]
+            if new.size:
+                half.meet(new)
+                half.aim(unit)
+        return self._widen(frontier)
+
+    def _widen(self, frontier: Keys) -> Keys:
+        old = self.low_bits
+        if self.high.make_room():
+            base = np.full(1 << self.high.bits + self.machine.shared_bits, self._NOWHERE, dtype=np.int64)
+            base[: len(self.base)] = self.base
+            self.base = base
+        if self.low.make_room():  # every row becomes longer: lay the seen-bytes out anew
+            seen = self.seen[: self.rows << old].reshape(-1, 1 << old)
+            known = np.flatnonzero(self.base != self._NOWHERE)
+            number = (self.base[known] >> old) + known
+            self._lay_out()
+            self.rows = len(seen)
+            self.base[known] = (number - known) << self.low_bits
+            self._reserve(self.rows << self.low_bits)
+            self.seen[: self.rows << self.low_bits].reshape(self.rows, -1)[:, : 1 << old] = seen
+            frontier = frontier >> old << self.low_bits | frontier & (1 << old) - 1
+        return frontier
+
+    def _moves(self, half: _Half, keys: Keys) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+        """The moves of these keys in one half, key by key: the numbers of the edges, and how many each key has."""
+        rows = self._rows(half, keys)
+        count = half.count[rows]
+        last = np.cumsum(count, dtype=np.int64)
+        edge = np.repeat(half.first[rows] - last + count, count)
+        edge += np.arange(len(edge), dtype=np.int64)
+        return edge, count
+
+    def advance(self, frontier: Keys) -> tuple[Keys, int]:
+        """The states first reached one move after these, and how many moves there are."""
+        frontier = self._meet(frontier)
+        frontier.sort()  # neighbours share rows, and the bytes of a row lie together
+        transitions, fresh = 0, []
+        for at in range(0, len(frontier), CHUNK):
+            keys = frontier[at : at + CHUNK]
+            for half in (self.high, self.low):
+                edge, count = self._moves(half, keys)
+                there = np.repeat(keys, count)
+                there += half.change[edge]
+                transitions += len(there)
+                fresh += [self._fresh(there[part : part + len(_TAG)]) for part in range(0, len(there), len(_TAG))]
+        return np.concatenate(fresh) if fresh else frontier[:0], transitions
+
+    def edges(self, frontier: Keys) -> dict[str, Keys]:
+        """Every move of these states: ``source`` (position in the frontier), ``target`` (key), ``actor``, ``move``."""
+        parts = []
+        for half in (self.high, self.low):
+            edge, count = self._moves(half, frontier)
+            source = np.repeat(np.arange(len(frontier), dtype=np.int64), count)
+            target = frontier[source] + half.change[edge]
+            parts.append((source, target, half.edges["actor"][edge], half.edges["move"][edge]))
+        columns = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return dict(zip(("source", "target", "actor", "move"), columns, strict=True))
+
+    def shared(self, keys: Keys) -> Keys:
+        """The shared words of each state, as one number."""
+        return keys >> self.low_bits & (1 << self.machine.shared_bits) - 1
+
+    def locals(self, keys: Keys) -> list[Keys]:
+        """The local state of each actor in each state."""
+        high = self.high.locals_of(keys >> self.low_bits + self.machine.shared_bits)
+        return high + self.low.locals_of(keys & self.low_mask)
+
+    def codes(self, keys: Keys) -> Keys:
+        """One number for each state: its key."""
+        return keys
+
+    def key(self, state: State) -> int:
+        """The key of one state, -1 when the search has not met its parts."""
+        numbers = []
+        for half in (self.high, self.low):
+            code = sum(state.locals[vcpu] * stride for vcpu, stride in zip(half.vcpus, half.strides, strict=True))
+            numbers.append(int(half.number[code]))
+        if min(numbers) < 0:
+            return -1
+        return (numbers[0] << self.machine.shared_bits | state.shared) << self.low_bits | numbers[1]
+
+    def full_count(self, keys: Keys) -> int:
+        """How many states of the full space these stand for: here, themselves."""
+        return len(keys)
+
+
+_TAG = (np.arange(255 * 255, dtype=np.int64) % 255 + 1).astype(np.uint8)  # (position,)
+_SECOND_TAG = (np.arange(255 * 255, dtype=np.int64) // 255 + 1).astype(np.uint8)  # (position,)
