@@ -292,7 +292,8 @@ class Conformance:
         """An event that stands there twice, line after line, to the microsecond; an emulated REP may repeat itself."""
         for name in piece:
             events = piece[name]
-            if name not in trace.FORMATS or name in ("kvm_emulate_insn", "kvm_mmio", "tracing_mark_write"):
+            known = name in trace.FORMATS or name.endswith("_page_fault_ret")
+            if not known or name in ("kvm_emulate_insn", "kvm_mmio", "tracing_mark_write"):
                 continue
             same = (np.diff(events["line"]) == 1) & (events["ns"][1:] >= 0) & (events["count"][1:] == 1)
             next_ = np.flatnonzero(same) + 1

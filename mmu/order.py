@@ -56,7 +56,12 @@ RETURN_KNOWN = Rule(
 RETURN_SPURIOUS = Rule(
     "a fault that returns SPURIOUS met an spte that was there", f"{_MMU}, direct_page_fault", "order, layout"
 )
-RETURN_INNER = Rule("the fast path returns before the fault does", "Linux 6.12 mmu.c, kvm_tdp_page_fault", "order")
+RETURN_EMULATE = Rule(
+    "what is set with all that was asked for is not emulated", f"{_MMU}, mmu_set_spte", "order, layout"
+)
+RETURN_INNER = Rule(
+    "the fast path returns once, before the fault does", "Linux 6.12 mmu.c, kvm_tdp_page_fault", "order"
+)
 EMULATED = Rule("a fault that returns EMULATE is emulated", f"{_MMU}, kvm_mmu_page_fault", "order, layout")
 REQUEST_FAULT = Rule("what is requested is what faulted", f"{_MMU}, direct_map; tdp_mmu.c, kvm_tdp_mmu_map", "order")
 REQUEST_ONCE = Rule("a fault requests one spte", f"{_MMU}, direct_map; tdp_mmu.c, kvm_tdp_mmu_map", "order")
@@ -78,6 +83,9 @@ TABLE_ALL = Rule(
     "a table's entries are removed one after the other, all 512", f"{_TDP}, handle_removed_pt", "order, layout"
 )
 WALK_LEVELS = Rule("a walk goes down level by level", f"{_WALKER}, walk_addr_generic", "order")
+WALK_TOP = Rule(
+    "a walk begins at the same level as those before and after it", f"{_WALKER}, walk_addr_generic", "order"
+)
 WALK_END = Rule("a walk ends at a leaf or in an error", f"{_WALKER}, walk_addr_generic", "order")
 WALK_FAULT = Rule("the guest's tables are walked for the access that faulted", f"{_WALKER}, page_fault", "order")
 INJECTED = Rule(
@@ -105,7 +113,8 @@ NEEDED = {  # events without which a rule says nothing; the kvm_ of their names 
     RETURN_FIXED: ("mmu_set_spte",), REQUEST_FAULT: ("page_fault",), SET_REQUEST: ("mmu_spte_requested",),
     SET_FIRST: ("mmu_spte_requested",), CHANGE_SET: ("mmu_set_spte",), SET_CHANGE: ("mmu_set_spte",),
     CHANGE_REQUEST: ("mmu_spte_requested",), CHANGE_ONE: ("mmu_set_spte",), TABLE_GFN: ("mmu_spte_requested",),
-    TABLE_GONE: ("mmu_prepare_zap_page",), WALK_LEVELS: ("mmu_pagetable_walk",), WALK_END: ("mmu_walker_error",),
+    TABLE_GONE: ("mmu_prepare_zap_page",), WALK_LEVELS: ("mmu_pagetable_walk",), WALK_TOP: ("mmu_pagetable_walk",),
+    WALK_END: ("mmu_walker_error",),
     INJECTED: ("mmu_walker_error",), MMIO_VALID: ("check_mmio_spte", "handle_mmio_page_fault"),
     MMIO_STALE: ("check_mmio_spte",), MMIO_MARKED: ("mark_mmio_spte",), MMIO_DONE: ("mmio",),
     MMIO_EMULATED: ("emulate_insn",), EMULATED: ("emulate_insn",), USER_AFTER: ("entry", "exit"),
@@ -333,7 +342,9 @@ class Order:
         known = [number[name] for name in ("RETRY", "EMULATE", "WRITE_PROTECTED", "FIXED", "SPURIOUS")]
         v.find(RETURN_KNOWN, handler, ~np.isin(said, known), fault)
         inner = (v.kind == FRET) & (last >= 0)
-        v.find(RETURN_INNER, inner, (fault < last) | (ret > fault), np.where(ret > fault, ret, last))
+        twice = v.before(FRET)
+        wrong = (fault < last) | (ret > fault) | (twice > fault)
+        v.find(RETURN_INNER, inner, wrong, np.where(twice > fault, twice, np.where(ret > fault, ret, last)))
         sets, change = v.before(SET), v.before(CHANGE)
         mapped = (sets > fault) & (v.at("kind", v.at_index(v.previous(), sets)) == CHANGE) & (change > fault)
         was_there = (did == 1) | ((v.before(REQ) > fault) & ~mapped)
@@ -342,6 +353,10 @@ class Order:
         v.find(RETURN_FIXED, handler & (said == number["FIXED"]), nothing, fault)
         walked = v.before(WERR) > fault  # a #PF for the guest drops, and may at once refill, what it was refused by
         v.find(RETURN_RETRY, handler & ~walked & (said == number["RETRY"]), v.before(SET) > fault, v.before(SET))
+        write = self._code(v.at("b", fault)) & _W != 0
+        protected = write & (v.at("b", sets) & np.uint64(self.form.bits.mask("W")) == 0)
+        emulates = handler & ~walked & (said == number["EMULATE"])
+        v.find(RETURN_EMULATE, emulates, (sets > fault) & (v.before(REQ) > fault) & ~protected, sets)
         direct = v.before(WALK) < fault
         unchanged = (sets > fault) & ~mapped
         at_work = np.bool_((v.kind == CHANGE).any())
@@ -477,6 +492,15 @@ class Order:
         top |= (kind == ELEM) & (level == v.at("sub", first)) & (first >= 0)
         here = (v.kind == ELEM) & (last >= 0)
         v.find(WALK_LEVELS, here, ~np.isin(kind, (WALK, ELEM)) | ~top, last)
+        tops = np.flatnonzero((v.kind == ELEM) & (kind == WALK))
+        if len(tops) > 2:
+            a, b, c = tops[:-2], tops[1:-1], tops[2:]
+            same = (v.rows["task"][a] == v.rows["task"][c]) & (level[a] == level[c])
+            of, odd = np.zeros(len(v.kind), dtype=np.bool_), np.zeros(len(v.kind), dtype=np.bool_)
+            of[c], odd[c] = same, level[b] != level[c]
+            context = np.full(len(v.kind), -1, dtype=np.int64)
+            context[c] = b
+            v.find(WALK_TOP, of, odd, context)
         behind = v.previous()
         entry = v.at("a", behind)
         ended = (v.at("sub", behind) == 1) | (entry & np.uint64(1) == 0) | (entry & np.uint64(0x80) != 0)
