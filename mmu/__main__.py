@@ -121,8 +121,9 @@ def _print_checked(checked: checking.Checked) -> None:
         print(f"  and {len(checked.disagreements) - 20} more (all with --json)")
     for found in checked.findings[:20]:
         lines = ", ".join(str(line) for line in found["lines"][-4:])
-        print(f"  finding, {'lines' if len(found['lines']) > 1 else 'line'} {lines}: not so: {found['rule']}")
-        print(f"    {found['what'] + ' ' if 'what' in found else ''}({found['source']})")
+        what = f" {found['what']}" if "what" in found else ""
+        print(f"  finding, line{'s' if len(found['lines']) > 1 else ''} {lines}:{what}")
+        print(f"    against the rule: {found['rule']} ({found['source']})")
     if len(checked.findings) > 20:
         print(f"  and {len(checked.findings) - 20} more findings (all with --json)")
     absent = [rule for rule in checked.not_applied if rule["reason"].startswith("the trace has no")]

@@ -224,19 +224,18 @@ class Histories:
         self._rows = [np.zeros(0, dtype=CHANGE)]
         self._pending = 0
 
-    def add(self, piece: trace.Trace) -> None:
-        """Count and keep the changes of one piece."""
-        rows = self.names.changes(piece)
-        rows = rows[~rows["restated"]]
+    def add(self, piece: trace.Trace) -> NDArray[Any]:
+        """Count and keep the changes of one piece; returns all :data:`CHANGE` records of it."""
+        every = self.names.changes(piece)
+        rows = every[~every["restated"]]
         self.events += int(rows["count"].sum())
         self.unnamed += int(rows["count"][rows["key"] == UNNAMED].sum())
         rows = rows[rows["key"] != UNNAMED]
-        if not len(rows):
-            return
         self._rows.append(rows)
         self._pending += len(rows)
         if self._pending > 1 << 17:
             self._compact()
+        return every
 
     def _compact(self, kept: int = 1 << 12) -> None:
         rows = np.concatenate(self._rows)

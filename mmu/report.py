@@ -11,12 +11,12 @@ trace of any size can be reported on. ``python -m mmu report`` prints it; chapte
 from __future__ import annotations
 
 import argparse
-import html
 import json
 import sys
 import textwrap
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
@@ -24,12 +24,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmu import histories, pfec, spte, trace
+from mmu import histories, pfec, progress, report_page, spte, trace
 from mmu.infer import infer_layout, infer_mmu, signs_of
+from mmu.ledger import WINDOW, Ledger
+from mmu.symptoms import Symptoms
+from mmu.timeline import Timeline
 
 LAYOUTS = tuple(spte.LAYOUTS)
 
 HOTTEST = 10
+PAGES = 1 << 19  # faulting pages that are counted; where there are more, those seldom met are given up
 DONE, UNUSABLE, STOPPED = 0, 2, 3
 
 
@@ -48,6 +52,8 @@ class Tally:
     fast: dict[int, Counter[str]] = field(default_factory=dict)  # by vCPU
     signs: Counter[str] = field(default_factory=Counter)  # what tells the layout
     sptes: histories.Histories = field(default_factory=histories.Histories)
+    timeline: Timeline = field(default_factory=Timeline)
+    symptoms: Symptoms = field(default_factory=lambda: Symptoms(Ledger()))
     times: tuple[int, int] | None = None  # first and last, ns
     complete: bool = True
 
@@ -65,13 +71,23 @@ class Tally:
         self.pages.update(_count(faults["address"] >> np.uint64(12), faults["count"]))
         self._add_fast(piece["fast_page_fault"])
         self.signs.update(signs_of(piece))
-        self.sptes.add(piece)
+        rows = self.sptes.add(piece)
+        self.timeline.add(piece)
+        self.symptoms.ept = infer_mmu(self.signs) == "ept"
+        self.symptoms.add(piece, rows, lambda lines: np.zeros(len(lines), dtype=np.int64))
+        if len(self.pages) > PAGES:
+            self.pages = Counter(dict(self.pages.most_common(PAGES // 2)))
         for event in piece:
             stamps = piece[event]["ns"]
             stamps = stamps[stamps >= 0]
             if stamps.size:
                 first, last = self.times or (int(stamps[0]), int(stamps[0]))
                 self.times = min(first, int(stamps.min())), max(last, int(stamps.max()))
+
+    def found(self) -> list[dict[str, Any]]:
+        """Storms, loops and the like; the symptoms are asked once, at the end."""
+        self.symptoms.finish()
+        return self.symptoms.ledger.close(np.zeros(0, dtype=WINDOW), 0)["findings"]
 
     def _add_fast(self, events: NDArray[Any]) -> None:
         # Up to 5.12 "spurious" says that the old spte was writable and "fixed" that the new one is: both can be 1.
@@ -103,8 +119,9 @@ def report(source: trace.Source, layout: str | None = None) -> dict[str, Any]:
         (line, cpu, events), ``layout``, ``layout_reason``, ``mmu`` (``npt``, ``ept``, ``shadow`` or None), ``faults``,
         ``fast``, ``hottest`` (page number, faults; the first ten), ``hottest_of`` (``gfn``; ``gva page`` where the
         fault address is a guest-virtual one, as under shadow paging), ``sptes`` and ``sptes_cut`` (the busiest sptes
-        with their histories, :meth:`mmu.histories.Histories.answer`), ``first`` and ``last`` (TIMESTAMP of the events
-        in seconds), ``complete``. vCPUs of lines that named none are ``"unknown"``.
+        with their histories, :meth:`mmu.histories.Histories.answer`), ``over_time``
+        (:meth:`mmu.timeline.Timeline.answer`), ``symptoms`` (findings of :mod:`mmu.symptoms`), ``first`` and ``last``
+        (TIMESTAMP of the events in seconds), ``complete``. vCPUs of lines that named none are ``"unknown"``.
 
     Raises:
         OSError: the source cannot be read. ValueError: there is no layout of this name.
@@ -159,6 +176,8 @@ def _answer(tally: Tally, layout: str | None) -> dict[str, Any]:
         "hottest": [list(item) for item in sorted(tally.pages.items(), key=lambda item: (-item[1], item[0]))[:HOTTEST]],
         "hottest_of": "gva page" if virtual else "gfn",
         **tally.sptes.answer(layout or inferred),
+        "over_time": tally.timeline.answer(),
+        "symptoms": tally.found(),
         "first": tally.times[0] / 10**9 if tally.times else None,
         "last": tally.times[1] / 10**9 if tally.times else None,
         "complete": tally.complete,
@@ -203,6 +222,7 @@ def text(found: dict[str, Any], path: str) -> str:
         hottest = ", ".join(f"{gfn:#x} ({n:,})" for gfn, n in found["hottest"][:5])
         lines.append(f"  hottest    {found['hottest_of']} {hottest}")
     lines += _sptes(found)
+    lines += _over_time(found)
     ranked = sorted(found["events"].items(), key=lambda item: (-item[1], item[0]))
     lines.append("  events")
     half = (len(ranked) + 1) // 2
@@ -214,6 +234,28 @@ def text(found: dict[str, Any], path: str) -> str:
     lines += _more(found["unreadable"], 8, "lines")
     wrap = textwrap.TextWrapper(100, subsequent_indent=" " * 13, break_long_words=False, break_on_hyphens=False)
     return "\n".join(row if len(row) <= 100 else wrap.fill(row) for row in lines)
+
+
+def _over_time(found: dict[str, Any]) -> list[str]:
+    """What repeated itself: rounds of the dirty log, repairs a second, MMIO, storms and loops."""
+    over = found["over_time"]
+    lines = []
+    if any(over["fast"]["fixed"]) and over["unit"] == "s":
+        peak = max(over["fast"]["fixed"]) / over["width"]
+        lines.append(f"  repairs    at most {peak:,.0f} a second without the lock, in slices of {over['width']:.3g} s")
+    if over["rounds"]:
+        some = ", ".join(
+            f"{'?' if one['pages'] is None else one['pages']} pages, {one['repairs']} repaired"
+            for one in over["rounds"][:4]
+        )
+        count = len(over["rounds"]) + over["rounds_cut"]
+        lines.append(f"  dirty log  {count:,} rounds: {some}{'; ...' if count > 4 else ''}")
+    mmio = [f"{n:,} {name}{'s' if n != 1 else ''}" for name, n in over["mmio"].items() if name != "pages"]
+    if mmio:
+        lines.append(f"  MMIO       {', '.join(mmio)}")
+    for one in found["symptoms"][:4]:
+        lines.append(f"  OOPS       {report_page.headline(one['rule'])}: {one['what']}")
+    return lines + _more(found["symptoms"], 4, "symptoms")
 
 
 def _sptes(found: dict[str, Any]) -> list[str]:
@@ -244,24 +286,9 @@ def _more(items: Any, shown: int, what: str) -> list[str]:
     return [f"    and {len(items) - shown:,} more {what} (all with --json)"] if len(items) > shown else []
 
 
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<meta name="color-scheme" content="light dark"><title>Trace report</title>
-<style>body {{ max-width: 60rem; margin: 2rem auto; padding: 0 1rem; font: 1rem/1.5 sans-serif }}
-pre {{ overflow-x: auto; font: .9rem/1.4 "DejaVu Sans Mono", monospace }}</style>
-<h1>Trace report</h1>
-{sections}
-</html>
-"""
-
-
 def page(reports: list[tuple[str, dict[str, Any]]]) -> str:
-    """The reports as one page of HTML that needs nothing else."""
-    sections = [
-        f"<h2>{html.escape(_printable(path))}</h2>\n<pre>{html.escape(text(found, path))}</pre>"
-        for path, found in reports
-    ]
-    return _PAGE.format(sections="\n".join(sections))
+    """The reports as one page of HTML that needs nothing else; see :mod:`mmu.report_page`."""
+    return report_page.page([(_printable(path), found, text(found, path)) for path, found in reports])
 
 
 def add_parser(commands: Any) -> None:
@@ -287,8 +314,10 @@ def run(options: argparse.Namespace) -> int:
         tally = Tally()
         trouble = None
         try:
-            for piece in trace.chunks(path):
-                tally.add(piece)
+            file, bar = (None, path) if path == "-" else progress.opened(path)
+            with file or nullcontext():
+                for piece in trace.chunks(bar):
+                    tally.add(piece)
             if not tally.complete:
                 trouble = f"line {tally.unreadable[-1].line}: {tally.unreadable[-1].reason}"
             elif not tally.events:

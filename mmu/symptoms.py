@@ -81,7 +81,7 @@ _FATE = np.dtype([("who", np.int64), ("line", np.int64), ("kind", np.int8)])
 class Symptoms:
     """Watches for each; :meth:`add` pieces, then :meth:`finish`."""
 
-    def __init__(self, ledger: Ledger, *, ept: bool) -> None:
+    def __init__(self, ledger: Ledger, *, ept: bool = False) -> None:
         self.ledger, self.ept = ledger, ept
         self._changed = np.zeros(0, dtype=[("key", np.uint64), ("line", np.int64)])  # the last change of each spte
         self._storms = np.zeros(0, dtype=_RUN)
@@ -267,8 +267,7 @@ class Symptoms:
 
     def finish(self) -> None:
         """Enter what was seen."""
-        storms = self._storms[self._storms["count"] >= TIMES]
-        self._report(STORM, storms, len(self._storms), "spurious faults")
+        self._report_storms(self._storms[self._storms["count"] >= TIMES])
         loops = self._loops[self._loops["count"] >= TIMES]
         self._report(LOOP, loops, len(self._loops), "faults")
         stuck = [line for lines in self._stays.values() for line in lines]
@@ -281,6 +280,23 @@ class Symptoms:
             first, last, times = (np.array([record[k] for record in churn], dtype=np.int64) for k in (2, 3, 1))
             bad = np.arange(len(churn), dtype=np.int64)
             self.ledger.judge(CHURN, len(self._toggles), bad, (first, last), lambda i: f"toggled {times[i]:,} times")
+
+    def _report_storms(self, storms: NDArray[Any]) -> None:
+        """One finding for each spte: how often, and how many vCPUs."""
+        storms = storms[np.lexsort((storms["since"], storms["key"]))]
+        begins = np.ones(len(storms), dtype=np.bool_)
+        begins[1:] = (storms["key"][1:] != storms["key"][:-1]) | (storms["since"][1:] != storms["since"][:-1])
+        first = np.flatnonzero(begins)
+        if not len(first):
+            self.ledger.judge(STORM, len(self._storms), first, (), str)
+            return
+        times = np.add.reduceat(storms["count"], first)
+        lines = np.minimum.reduceat(storms["first"], first), np.maximum.reduceat(storms["last"], first)
+        vcpus = np.diff(np.append(first, len(storms)))
+        self.ledger.judge(
+            STORM, len(self._storms), np.arange(len(first), dtype=np.int64), lines,
+            lambda i: f"{times[i]:,} spurious faults at one spte by {vcpus[i]} vCPU{'s' if vcpus[i] > 1 else ''}",
+        )  # fmt: skip
 
     def _report(self, rule: Rule, runs: NDArray[Any], of: int, what: str) -> None:
         def say(i: int) -> str:

@@ -2,14 +2,17 @@
 
 import argparse
 import gzip
+import io
 import json
 import re
+import sys
 from collections import Counter
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-from mmu import report
+from mmu import progress, report, report_page, trace
 
 DATA = Path(__file__).parent / "data"
 RECORDED = sorted((DATA / "kvm-traces").glob("*.trace.gz"))
@@ -174,7 +177,7 @@ def test_ctrl_c_reports_what_was_read(monkeypatch, capsys):
     """An interrupt ends the reading; what was read is reported as partial, with exit code 3."""
     original = report.trace.chunks
     monkeypatch.setattr(report.trace, "chunks", lambda path: _then_interrupt(original(b"kvm_entry: vcpu 0\n" * 5)))
-    assert run("any") == 3
+    assert run(STORM) == 3
     out = capsys.readouterr().out
     assert "PARTIAL" in out and "kvm_entry" in out
 
@@ -184,13 +187,126 @@ def _then_interrupt(pieces):
     raise KeyboardInterrupt
 
 
-def test_the_page_needs_nothing_else_and_escapes_its_text(tmp_path):
-    """``--html`` writes one page without a link, a script or an image, in which text from the trace is only text."""
-    evil = tmp_path / "<b>.txt"
-    evil.write_text("kvm_entry: vcpu 0, rip <script>alert(1)</script>\nkvm_entry: vcpu 0, rip 0x1\n")
-    out = tmp_path / "out.html"
-    assert run(evil, STORM, "--html", out) == 0
-    page = out.read_text()
-    assert "<script" not in page and "<b>" not in page and "http" not in page
-    assert page.count("<pre>") == 2
+HOSTILE = """<script>alert(1)</script>"><img src=x onerror=alert(1)></style><style>*{{}}'&amp;--><!--]]>{}"""
+EVIL = (
+    " {0}-7 [001] ..... 1.5: kvm_exit: vcpu 0 reason {0} rip 0x1 info1 0x0 info2 0x0\n"
+    " {0}-7 [001] ..... 1.6: tracing_mark_write: DIRTY_GET_BEGIN {0}\n"
+    " {0}-7 [001] ..... 1.7: kvm_emulate_insn: 0:1:{0}\n"
+    " qemu-7 [001] ..... 1.8: kvm_page_fault: vcpu 0 rip {0}\n"
+    " qemu-7 [001] ..... 1.9: kvm_{0}: {0}\n"
+    " qemu-7 [001] ..... 2.0: kvm_page_fault: vcpu 0 rip 0x1 address 0x1000 error_code 0x100000007\n"
+)
+
+
+class Elements(HTMLParser):
+    """What a page's markup holds."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.attributes, self.text = Counter(), set(), []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags[tag] += 1
+        self.attributes |= {name for name, _ in attributes}
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_nothing_in_a_trace_or_its_name_becomes_markup(tmp_path):
+    """A page of hostile traces has the elements and attributes of a page of kind ones, and all else is text."""
+    pages = []
+    for word in (HOSTILE, "word"):
+        name = word.replace("/", "%")[:80]
+        path = tmp_path / f"{name}.txt"
+        path.write_text(EVIL.format(word))
+        out = tmp_path / "out.html"
+        assert run(path, STORM, "--html", out) == 0
+        pages.append(out.read_text())
+    evil, kind = map(Elements, pages)
+    assert set(evil.tags) == set(kind.tags) and evil.attributes == kind.attributes
+    assert not {"script", "img", "iframe", "link", "object", "a"} & set(evil.tags)
+    assert not [name for name in evil.attributes if name.startswith("on")]
+    assert any("<script>alert(1)<%script>" in text for text in evil.text)
+    assert "://" not in pages[0] and "url(" not in pages[0]
+    assert """content="default-src 'none'; style-src 'unsafe-inline';""" in pages[0]
+
+
+def test_a_page_that_cannot_be_written_is_said(tmp_path):
+    """A folder that is not there is exit code 2."""
     assert run(STORM, "--html", tmp_path / "no" / "folder") == 2
+
+
+def test_the_page_shows_each_part(tmp_path):
+    """Causes over time, codes, the fast path, rounds, hottest pages, histories and MMIO all stand on the page."""
+    out = tmp_path / "out.html"
+    names = ("npt1_tdp1_C", "npt1_tdp1_D")
+    assert run(*(DATA / "kvm-traces" / f"{name}.trace.gz" for name in names), "--html", out) == 0
+    text = " ".join(Elements(out.read_text()).text)
+    for part in (
+        "Faults over time, by cause", "Error codes", "The fast path, vCPU by vCPU", "Lock-free repairs per second",
+        "Rounds of the dirty log", "Pages that fault most, by gfn", "Sptes and their histories", "MMIO",
+        "No spurious storm, no refault loop", "80 reads",
+    ):  # fmt: skip
+        assert part in text
+    assert out.read_text() == report_page.page(
+        [
+            (str(path), found, report.text(found, str(path)))
+            for path in (DATA / "kvm-traces" / f"{name}.trace.gz" for name in names)
+            for found in [report.report(path)]
+        ]
+    )
+
+
+def test_symptoms_stand_first_in_text_json_and_page(tmp_path, capsys):
+    """The storm's trace says so in all three forms."""
+    out = tmp_path / "out.html"
+    assert run(STORM, "--json", "--html", out) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert any("storm" in one["rule"] and "6,275,388" in one["what"] for one in found["symptoms"])
+    assert "OOPS" in out.read_text() and "6,275,388 spurious faults at one spte by 8 vCPUs" in out.read_text()
+    assert "storm: 6,275,388" in report.text(found, "storm") or "more symptoms" in report.text(found, "storm")
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.name)
+def test_over_time_adds_up_to_the_whole(path):
+    """All slices together are all faults, and the fast path's events are all of its events."""
+    found = report.report(path)
+    over = found["over_time"]
+    assert sum(map(sum, over["causes"].values())) == sum(found["faults"]["by_code"].values())
+    fast = found["fast"]
+    assert [sum(over["fast"][name]) for name in ("fixed", "spurious", "not fixed")] == [
+        fast["fixed"], fast["spurious"], fast["not_fixed"]
+    ]  # fmt: skip
+    assert {len(bins) for bins in (*over["causes"].values(), *over["fast"].values())} in ({n} for n in range(97))
+
+
+def test_rounds_are_those_of_the_recorded_bitmaps():
+    """The pages that each sweep protects are as many as the dirty bitmap before it had; then repairs follow."""
+    scene = json.loads(gzip.decompress((DATA / "kvm-traces" / "npt1_tdp1_C.json.gz").read_bytes()))
+    gets = [event for event in scene["events"] if "bitmap" in event]
+    pages = [bin(int.from_bytes(bytes.fromhex(event["bitmap"]), "little")).count("1") for event in gets]
+    rounds = report.report(DATA / "kvm-traces" / "npt1_tdp1_C.trace.gz")["over_time"]["rounds"]
+    # The first sweep is of the log's beginning; each bitmap is what was written to since the sweep before it.
+    assert [one["pages"] for one in rounds][1:] == pages[: len(rounds) - 1]
+
+
+def test_where_a_piece_ends_does_not_change_what_is_over_time():
+    """Small pieces give the slices, rounds and symptoms that the whole gives."""
+    for path in (DATA / "kvm-traces" / "npt1_tdp1_C.trace.gz", DATA / "kvm-traces" / "npt1_tdp1_D.trace.gz", STORM):
+        tally = report.Tally()
+        for piece in trace.chunks(path, 1 << 13):
+            tally.add(piece)
+        whole = report.report(path)
+        assert tally.timeline.answer() == whole["over_time"] and tally.found() == whole["symptoms"]
+
+
+def test_a_bar_is_drawn_for_long_files_on_terminals(monkeypatch, capsys):
+    """Reading through a bar gives the bytes, and a terminal sees each hundredth once."""
+    monkeypatch.setattr(progress, "LONG", 100)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    bar = progress.Bar(io.BytesIO(bytes(1000)), 1000)
+    assert sum(len(bar.read(10)) for _ in range(101)) == 1000
+    drawn = capsys.readouterr().err
+    assert drawn.count("%") == 100 and " 50 %" in drawn
