@@ -219,6 +219,10 @@ class Player:
 
     def run(self, run: Run, _: int) -> None:
         """One run's accesses, with the client's own fetches among them."""
+        if run.vcpu not in self.guest.vcpus:
+            raise ValueError(
+                f"vCPU {run.vcpu} runs ({run.phase}) before its registers are set; expected a vcpu event first"
+            )
         self.runs += 1
         count = len(run)
         paged = self.guest.vcpus[run.vcpu].format is not None
