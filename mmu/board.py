@@ -42,11 +42,8 @@ class Move:
 class Board:
     """Every reachable state of a program under one memory model, in the order of a breadth-first search.
 
-    Attributes:
-        machine: what is run.
-        states: each state; number 0 is the start.
-        moves: of each state what can be done next, actors in order, an actor's steps before the draining of its buffer.
-        oops: which states break the invariant ``# (state,)``.
+    ``states[0]`` is the start. ``moves`` lists for each state what can be done next, actors in order, an actor's steps
+    before the draining of its buffer. ``oops`` tells which states break the invariant ``# (state,)``.
     """
 
     machine: Machine
