@@ -266,7 +266,7 @@ class Space:
                 fresh += [self._fresh(there[part : part + len(_TAG)]) for part in range(0, len(there), len(_TAG))]
         return np.concatenate(fresh) if fresh else frontier[:0], transitions
 
-    def edges(self, frontier: Keys) -> dict[str, Keys]:
+    def moves(self, frontier: Keys) -> dict[str, Keys]:
         """Every move of these states: ``source`` (position in the frontier), ``target`` (key), ``actor``, ``move``."""
         parts = []
         for half in (self.high, self.low):
@@ -277,6 +277,11 @@ class Space:
         columns = (np.concatenate(column) for column in zip(*parts, strict=True))
         return dict(zip(("source", "target", "actor", "move"), columns, strict=True))
 
+    def edges(self, frontier: Keys) -> tuple[Keys, NDArray[np.uint64]]:
+        """The moves of these states: which of the frontier it is a move of, and the code of the state it leads to."""
+        moves = self.moves(frontier)
+        return moves["source"], self.codes(moves["target"])
+
     def shared(self, keys: Keys) -> Keys:
         """The shared words of each state, as one number."""
         return keys >> self.low_bits & (1 << self.machine.shared_bits) - 1
@@ -286,19 +291,20 @@ class Space:
         high = self.high.locals_of(keys >> self.low_bits + self.machine.shared_bits)
         return high + self.low.locals_of(keys & self.low_mask)
 
-    def codes(self, keys: Keys) -> Keys:
-        """One number for each state: its key."""
-        return keys
+    def codes(self, keys: Keys) -> NDArray[np.uint64]:
+        """The number of each state as a row of one word: its key."""
+        return keys.astype(np.uint64)[:, None]
 
-    def key(self, state: State) -> int:
-        """The key of one state, -1 when the search has not met its parts."""
+    def code(self, state: State) -> NDArray[np.uint64]:
+        """The code of one state; that of no state when the search has not met its parts."""
         numbers = []
         for half in (self.high, self.low):
             code = sum(state.locals[vcpu] * stride for vcpu, stride in zip(half.vcpus, half.strides, strict=True))
             numbers.append(int(half.number[code]))
         if min(numbers) < 0:
-            return -1
-        return (numbers[0] << self.machine.shared_bits | state.shared) << self.low_bits | numbers[1]
+            return np.full((1, 1), ~np.uint64(0), dtype=np.uint64)
+        key = (numbers[0] << self.machine.shared_bits | state.shared) << self.low_bits | numbers[1]
+        return np.full((1, 1), key, dtype=np.uint64)
 
     def full_count(self, keys: Keys) -> int:
         """How many states of the full space these stand for: here, themselves."""

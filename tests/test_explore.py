@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from mmu.__main__ import main
 from mmu.explore import States, explore
-from mmu.machine import Machine
+from mmu.machine import Machine, State
 from mmu.program import Program, ProgramError
 from mmu.protocols import MODELS, ZAP_JUNK, looping, one_shot, program
 from mmu.quotient import network
@@ -165,8 +166,8 @@ def test_equal_to_the_plain_interpreter(model, variant, memory):
 STEPS = (
     """
 if a.x: {label} | if b: {label} | t = a; if t.y: {label} | t = a | u = b | a.x = 1 | a.y = 0 | a = (x=1, y=1) | b = 1
-b = 0 | smp_mb | wait b | wait not a.x | xchg b: 1 | t = xchg a: (x=0) | cmpxchg a: (x=0, y=1) -> (x=1, y=0) else {label}
-cmpxchg b: 0 -> 1 | take c | release c | mark b = 0 | a.y = u | m.id = me | cmpxchg m: (id=0) -> (id=me) | m.id = q
+b = 0 | smp_mb | wait b | wait not a.x | xchg b: 1 | t = xchg a: (x=0)
+cmpxchg a: (x=0, y=1) -> (x=1, y=0) else {label} | cmpxchg b: 0 -> 1 | take c | release c | mark b = 0 | a.y = u | m.id = me | cmpxchg m: (id=0) -> (id=me) | m.id = q
 if m.id == me: {label} | q = m.id; if q > 1: {label} | cmpxchg m: (id=q) -> (id=me) else {label} | xchg m: (id=0)
 """.strip()
     .replace("\n", " | ")
@@ -331,16 +332,24 @@ def test_every_edge():
     """The edges of a frontier are the moves of its states, one by one."""
     machine = Machine(looping(2), "TSO")
     space = Space(machine)
-    frontier = space.begin()
-    while frontier.size:
-        edges = space.edges(space._meet(frontier))
-        columns = space.locals(frontier)
-        for at in range(0, len(frontier), 7):
-            state = type(machine.start)(int(space.shared(frontier)[at]), tuple(int(column[at]) for column in columns))
-            assert space.key(state) == frontier[at]
-            targets = sorted(edges["target"][edges["source"] == at].tolist())
-            assert targets == sorted(space.key(event.target) for event in machine.events(state))
-        frontier, _ = space.advance(frontier)
+    levels = [space.begin()]
+    while levels[-1].size:
+        levels.append(space.advance(levels[-1])[0])
+    keys = np.concatenate(levels)
+    source, target = space.edges(keys)
+    columns = space.locals(keys)
+    for at in range(0, len(keys), 7):
+        state = State(int(space.shared(keys)[at]), tuple(int(column[at]) for column in columns))
+        assert space.code(state).tolist() == [[keys[at]]]
+        after = [space.code(event.target).item() for event in machine.events(state)]
+        assert sorted(target[source == at, 0].tolist()) == sorted(after)
+
+
+def test_more_vcpus_than_a_word_holds():
+    """States of two dozen identical vCPUs take several words, and their classes hold more states than 64 bits count."""
+    text = "word x\np:\n    A  x = 1\n    B  smp_mb\n    C  if x: done\n"
+    result = explore(Program(text, [["p"]] * 24), "SC", canonical=True)
+    assert (result.states, result.full_states) == (math.comb(27, 3), 4**24)
 
 
 @pytest.mark.parametrize("size", range(9))
@@ -411,8 +420,8 @@ def test_json_on_the_command_line(capsys):
     code, out, err = run(capsys, "--variant", "shared-id", "--memory", "SC", "--vcpus", "3", "--json")
     record = json.loads(out)
     assert (code, err) == (0, "")
-    keys = "model variant memory vcpus canonical states full_states transitions depth verdict counterexample seconds complete"
-    assert set(keys.split()) <= set(record)
+    keys = "model variant memory vcpus canonical states full_states transitions depth verdict"
+    assert {*keys.split(), "counterexample", "seconds", "complete"} <= set(record)
     assert (record["verdict"], record["states"], record["transitions"], record["complete"]) == ("OOPS", 380, 876, True)
     assert len(record["counterexample"]) == 13
     assert record["counterexample"][11] == {
@@ -443,7 +452,7 @@ def test_text_on_the_command_line(capsys):
         (["--model", "zap", "--variant", "no-mb"], "means nothing for the model zap"),
         (["--model", "nothing"], "there is no model 'nothing'"),
         (["--vcpus", "1"], "it takes 2 at least"),
-        (["--model", "looping", "--vcpus", "40", "--canonical"], "do not fit 63 bits"),
+        (["--model", "looping", "--variant", "cmpxchg-id", "--vcpus", "7", "--canonical"], "5040 permutations"),
     ],
 )
 def test_unusable_on_the_command_line(capsys, arguments, message):
@@ -460,3 +469,19 @@ def test_stopped_on_the_command_line(capsys):
     assert "unknown" in out and "so far" in out and "partial: more than 1000 states" in out
     code, out, _ = run(capsys, "--model", "looping", "--vcpus", "4", "--max-states", "1000", "--json")
     assert (code, json.loads(out)["complete"], json.loads(out)["verdict"]) == (3, False, "unknown")
+
+
+def test_programs_that_tell_vcpus_apart():
+    """Comparing a mark with a number, or using one as a number, leaves no two vCPUs identical; the sum stays exact."""
+    numbers = [
+        "word m: id(vcpu)\nword n(4)\np:\n    A  m.id = me\n    B  q = m.id; if q > 1: D\n    C  n = 1\n    D  n = 2\n",
+        "word n(4)\np:\n    A  n = me\n    B  if n == 2: done\n    C  smp_mb\n",
+        "word m: id(vcpu) = 2\np:\n    A  if m.id == me: done\n    B  m.id = me\n",
+        "word m: id(vcpu)\np:\n    A  m.id = 2\n    B  if m.id == me: done\n    C  smp_mb\n",
+    ]
+    for text, memory in itertools.product(numbers, ("SC", "TSO")):
+        here = Program(text, [["p"]] * 3)
+        small, full = explore(here, memory, canonical=True), explore(here, memory)
+        assert small.full_states == full.states
+    with pytest.raises(ProgramError, match="tells vCPUs apart"):
+        explore(looping(2), "SC", canonical=True, bad="spte.id == 2")
