@@ -9,7 +9,7 @@ in which of several identical vCPUs is which.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,14 +70,18 @@ class States(Mapping[str, Any]):
         program = self.machine.program
         self._paths = list(dict.fromkeys(itertools.chain(*program.actors)))
 
-    def each(self, vcpu: int, value: Callable[[Local], int | bool]) -> NDArray[Any]:
+    def each(self, vcpu: int, value: Callable[[Local], int]) -> NDArray[np.int64]:
         """A value of one vCPU's local state, in every state."""
-        return np.array([value(local) for local in self.machine.actors[vcpu].locals])[self._locals[vcpu]]
+        values = [value(local) for local in self.machine.actors[vcpu].locals]
+        return np.array(values, dtype=np.int64)[self._locals[vcpu]]
+
+    def all(self, vcpus: Iterable[int], test: Callable[[Local], bool]) -> NDArray[np.bool_]:
+        """Where the local states of all these vCPUs pass a test."""
+        return np.logical_and.reduce([self.each(vcpu, test) != 0 for vcpu in vcpus])
 
     def at(self, label: str) -> NDArray[np.bool_]:
         """Where some vCPU's next step has this label."""
-        vcpus = range(len(self.machine.actors))
-        return np.logical_or.reduce([self.each(vcpu, lambda local: local.label == label) for vcpu in vcpus])
+        return ~self.all(range(len(self.machine.actors)), lambda local: local.label != label)
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         actors = self.machine.program.actors
@@ -87,12 +91,10 @@ class States(Mapping[str, Any]):
         if name == OOPS:
             return self.at(OOPS)
         if name == "drained":
-            return np.logical_and.reduce(
-                [self.each(vcpu, lambda local: not local.buffer) for vcpu in range(len(actors))]
-            )
+            return self.all(range(len(actors)), lambda local: not local.buffer)
         if name.startswith("done(") and name[5:-1] in self._paths:
             runners = [vcpu for vcpu, paths in enumerate(actors) if name[5:-1] in paths]
-            return np.logical_and.reduce([self.each(vcpu, lambda local: local.label == DONE) for vcpu in runners])
+            return self.all(runners, lambda local: local.label == DONE)
         vcpu, colon, of_local = name.partition(":")
         if colon and vcpu.isdigit() and int(vcpu) < len(actors):
             return self.each(int(vcpu), lambda local: dict(local.values).get(of_local, 0))
