@@ -12,7 +12,7 @@ that the client filled a page with is input that the scenario does not state; th
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -112,17 +112,23 @@ def kernel_of(scene: Scenario) -> Kernel:
     )
 
 
-def predict(scene: Scenario) -> Prediction:
-    """Play a whole scenario; vCPUs' runs go one after the other, in the order in which they began."""
-    return Player(scene).play()
+def predict(scene: Scenario, policy: str = "") -> Prediction:
+    """Play a whole scenario; vCPUs' runs go one after the other, in the order in which they began.
+
+    Args:
+        scene: what the client did.
+        policy: one of :data:`mmu.kernel.POLICIES`, to play it on a kernel that never was; empty: the recorded one's.
+    """
+    return Player(scene, policy).play()
 
 
 class Player:
     """Plays a scenario's events, one method for each kind."""
 
-    def __init__(self, scene: Scenario) -> None:
+    def __init__(self, scene: Scenario, policy: str = "") -> None:
         self.scene = scene
-        self.out = Prediction(kernel_of(scene))
+        recorded = kernel_of(scene)
+        self.out = Prediction(replace(recorded, policy=policy) if policy else recorded)
         self.guest = Guest(self.out.kernel)
         self.backings: dict[int, Backing] = {}  # by host address
         self.faults: list[NDArray[np.void]] = [self.out.faults]
