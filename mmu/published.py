@@ -20,6 +20,7 @@ XIAO_2012 = "Xiao Guangrong, message of 2012-03-29, 4F742951.7080003@linux.vnet.
 MATLACK_2021 = "David Matlack, message of 2021-06-11, 20210611235701.3941724-1-dmatlack@google.com"
 MATLACK_2022 = "David Matlack, series of 2022-04-01, 20220401233737.3021889-1-dmatlack@google.com"
 GARDON_2020 = "Ben Gardon, series of 2020-10-14 (TDP MMU)"
+GARDON_2021 = "Ben Gardon, series of 2021-01-12 (parallel faults)"
 
 PAGES = 262_144
 """4K pages that each vCPU writes in a round of dirty_log_perf_test: 1 GiB, its default."""
@@ -117,6 +118,10 @@ WAITING_416 = 0.98
 
 CUT_416 = 0.89
 """By how much parallel faults of the TDP MMU shortened that run (:data:`GARDON_2020`)."""
+
+POPULATE_96 = (110.193, 16.112)
+"""Seconds in which 96 vCPUs touched 3 GiB each for the first time, before and after faults ran side by side in the TDP
+MMU (:data:`GARDON_2021`)."""
 
 
 # What few runs can show ----------------------------------------------------------------------------------------------

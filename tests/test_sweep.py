@@ -61,7 +61,7 @@ def test_progress(capsys):
 
 
 def test_dask_survives_the_death_of_a_worker():
-    """On a local Dask cluster of two workers, one killed in the middle, nothing is lost and the answers are the same."""
+    """On a local Dask cluster of two workers, one killed midway, nothing is lost and the answers are the same."""
     distributed = pytest.importorskip("distributed", reason="Dask is not installed; pip install mmu[dask]")
     settings = SETTINGS * 3
     options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None, "host": "127.0.0.1"}
