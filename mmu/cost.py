@@ -18,9 +18,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mmu import published
-from mmu.published import PAGES, PER_FAULT
+from mmu import trials
 from mmu.queueing import Outcome, bounds, repairman, simulate, uniform
+from mmu.trials import PAGES, PER_FAULT
 from mmu.workload import play, steady_state, with_policy
 
 Floats = NDArray[np.float64]
@@ -92,19 +92,19 @@ class Model:
 SERIES: dict[str, str | None] = {
     "under the lock, 2021": "lock",
     "idle pages under the lock, 2021": "lock",
-    "huge pages zapped on fault, 2022": "lock",
+    "pages built anew, 2022": "lock",
     "huge pages split on fault, 2022": "parallel",
     "fast path, 2021": "fast",
     "fast path, legacy MMU, 2021": "fast",
     "idle pages, fast path, 2021": "fast",
-    "huge pages split eagerly, 2022": None,
+    "huge pages split beforehand, 2022": None,
 }
-"""Which cost each series of :data:`mmu.published.PER_FAULT` pays for a page; None: no fault at all."""
+"""Which cost each series of :data:`mmu.trials.PER_FAULT` pays for a page; None: no fault at all."""
 
 FITTED = {
-    ("huge pages split eagerly, 2022", 2): "guest",
+    ("huge pages split beforehand, 2022", 2): "guest",
     ("under the lock, 2021", 64): "lock.hold",
-    ("huge pages zapped on fault, 2022", 2): "lock.work",
+    ("pages built anew, 2022", 2): "lock.work",
     ("huge pages split on fault, 2022", 64): "parallel.hold",
     ("huge pages split on fault, 2022", 2): "parallel.work",
     ("fast path, 2021", 64): "fast.work",
@@ -171,10 +171,10 @@ def checks() -> list[Check]:
             fitted = FITTED.get((series, point.vcpus), "")
             out.append(Check(series, point.vcpus, point.microseconds, *said, "µs", fitted))
     waits = [100 * m.waiting(m.lock, 416, law) for law, m in models.items()]
-    out.append(Check("waiting for the lock, 2020", 416, 100 * published.WAITING_416, *waits, "%", ""))
-    before, after = published.POPULATE_96
+    out.append(Check("waiting for the lock, 2020", 416, 100 * trials.WAITING_416, *waits, "%", ""))
+    before, after = trials.POPULATE_96
     for name, vcpus, share in (
-        ("parallel faults save, 2020", 416, published.CUT_416),
+        ("parallel faults save, 2020", 416, trials.CUT_416),
         ("parallel faults save, 2021", 96, 1 - after / before),
     ):
         cuts = [100 * (1 - m.cycle(m.parallel, vcpus, law) / m.cycle(m.lock, vcpus, law)) for law, m in models.items()]
@@ -206,7 +206,7 @@ def saving_to_explain(gain: ArrayLike, rate: ArrayLike) -> Floats:
 
 def saved_a_page(pages: int = PAGES) -> list[float]:
     """µs saved a page in the re-spins' own test, for a guest of that many pages (1 GiB is inferred)."""
-    return [(row.before[0] - row.after[0]) / pages * 1e6 for row in published.RESUME]
+    return [(row.before[0] - row.after[0]) / pages * 1e6 for row in trials.RESUME]
 
 
 MIGRATION_PAGES = 32 * 2**20 / 4096

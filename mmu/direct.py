@@ -54,6 +54,7 @@ from mmu.slots import HOLE, GuestMemory, Slot
 from mmu.update import make_mmio, make_spte
 
 _FINAL, _WALK = np.uint64(PFEC.mask("GUEST_FINAL")), np.uint64(PFEC.mask("GUEST_PAGE"))
+HUGE, GROUP = 9, 3  # how far gfns are shifted to number 2M blocks, and groups of eight
 TABLE = np.uint64(1)  # in ``DirectMMU.blocks``: a table of 4K sptes stands below
 
 
@@ -126,34 +127,32 @@ class DirectMMU:
         need = np.where(touches.write, CAN_WRITE, np.where(touches.fetch, CAN_FETCH, CAN_READ))
         return self.rights.take(touches.index) & need == 0
 
+    def may_fault(self, touches: Touches) -> Bools:
+        """The same, and those that are let through now but lie in a huge page, which may go with all it maps."""
+        return self.faults_now(touches) | (self._units()[0][touches.slot] == HUGE)
+
     def settle(self, vcpu: int, touches: Touches) -> tuple[NDArray[np.void], Bools]:
         """Let touches happen; return their faults in order, and which touches ended in emulation ``# (touch,)``."""
-        need = np.where(touches.write, CAN_WRITE, np.where(touches.fetch, CAN_FETCH, CAN_READ))
         emulated = np.zeros(touches.index.shape, dtype=np.bool)
-        waiting = np.flatnonzero(self.faults_now(touches))
-        records: list[NDArray[np.void]] = []
-        while waiting.size:
-            now = self._independent(touches.take(waiting), waiting)
-            record, ends = self._fault(vcpu, touches.take(now))
-            emulated[now] = ends
-            records.append(record)
-            waiting = waiting[(self.rights.take(touches.index[waiting]) & need[waiting] == 0) & ~emulated[waiting]]
-        if not records:
-            return np.zeros(0, dtype=FAULT), emulated
-        faults = np.concatenate(records)
-        return faults[np.argsort(faults["order"], kind="stable")], emulated  # rounds stay in order within a touch
-
-    def _independent(self, t: Touches, positions: Index) -> Index:
-        """Of the waiting touches, those that may be served together: the first of each unit."""
-        gfn = (t.gpa >> np.uint64(12)).astype(np.int64)
         shift, start, total = self._units()
-        unit = start[t.slot] + (gfn >> shift[t.slot])
-        hole = t.slot == HOLE
-        unit[hole] = total + t.index[hole]
+        waiting = np.flatnonzero(self.may_fault(touches))
         if self._lead.size < total + self.memory.size:
             self._lead = np.zeros(total + self.memory.size, dtype=np.int64)
-        _, now = independent(unit, np.zeros(unit.shape, dtype=np.bool), self._inert(t), self._lead)
-        return positions[now]
+        records = [np.zeros(0, dtype=FAULT)]
+        while waiting.size:
+            t = touches.take(waiting)
+            unit = start[t.slot] + (t.gpa.astype(np.int64) >> 12 + shift[t.slot])
+            hole = t.slot == HOLE
+            unit[hole] = total + t.index[hole]
+            allowed = ~self.faults_now(t)
+            lead, now = independent(unit, allowed, self._inert(t), self._lead)
+            record, ends = self._fault(vcpu, touches.take(waiting[now]))
+            records.append(record)
+            emulated[waiting[now]] = ends
+            over = allowed & (np.arange(waiting.size, dtype=np.int64) < lead)
+            waiting = waiting[~over & ~emulated[waiting]]
+        faults = np.concatenate(records)
+        return faults[np.argsort(faults["order"], kind="stable")], emulated  # rounds stay in order within a touch
 
     def _inert(self, t: Touches) -> Bools:
         """Touches whose fault will change no state."""
@@ -170,8 +169,8 @@ class DirectMMU:
         for slot in self.memory.slots:
             first = self._block_of[slot.first]
             count = (slot.base + slot.pages - 1) // HUGE_PAGES - slot.base // HUGE_PAGES + 1
-            huge = bool((self.blocks[first : first + count] & self.bits.large).any()) or bool(slot.backing.pmd.any())
-            width = 9 if huge else 3 if self.prefetches else 0
+            large = slot.backing.huge or bool((self.blocks[first : first + count] & self.bits.large).any())
+            width = HUGE if large else GROUP if self.prefetches else 0
             shift.append(width)
             start.append(total - (slot.base >> width))
             total += ((slot.base + slot.pages - 1) >> width) - (slot.base >> width) + 1
@@ -234,10 +233,16 @@ class DirectMMU:
     ) -> None:
         """The slow path: ask the host for the page, choose the level, install the spte, prefetch around it."""
         bits, memory = self.bits, self.memory
+        whole = memory.host_property(t.slot, t.index, "mapped_huge")
         answer = memory.ask_host(t.slot, t.index, t.write)
         readonly = memory.property_of(t.slot, "readonly").astype(np.bool)
         writable = answer.writable & ~readonly
         self._zap(t.slot[answer.notified], t.index[answer.notified], gfn[answer.notified])
+        broken = (
+            answer.notified & whole & self._may_be_huge(t.slot, gfn)
+        )  # to copy one page the host splits its huge one
+        pages = self._pages_of(t.slot[broken], gfn[broken])
+        self.sptes[pages], self.rights[pages] = 0, 0
         record["path"][where[answer.notified]], record["ret"][where[answer.notified]] = RETRY, RET_RETRY
         record["path"][where[answer.failed]], record["ret"][where[answer.failed]] = FAILED, RET_NONE
 
@@ -358,11 +363,18 @@ class DirectMMU:
             self.rights[self._pages_of(t.slot[large], gfn[large])] |= CAN_WRITE
 
     def _code(self, t: Touches, present: Bools, special: Bools) -> Words:
-        """The error code: as NPT reports it, where U is always set, or as a #PF of an unpaged guest."""
+        """The error code: as nested paging reports it, or as a #PF of an unpaged guest.
+
+        NPT counts every guest access as a user's; for EPT KVM makes U of a read, and an MMIO spte is a
+        misconfiguration, which says RSVD and nothing else.
+        """
         code = present * CODE_P | t.write * CODE_W | special * CODE_RSVD | t.fetch * CODE_F
         if not self.kernel.nested_paging:
             return code | t.user * CODE_U
-        return code | CODE_U | np.where(t.walk, _WALK, _FINAL)
+        where = np.where(t.walk, _WALK, _FINAL)
+        if self.bits.execute:
+            return np.where(special, CODE_RSVD, code | (~t.write & ~t.fetch) * CODE_U | where)
+        return code | CODE_U | where
 
     def _entry(self, index: Index, block: Index) -> Words:
         entry = np.where(block < 0, np.uint64(0), self.blocks[block] if self.blocks.size else np.uint64(0))

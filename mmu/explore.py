@@ -1,11 +1,9 @@
 """Every interleaving of a program, a whole frontier at a time: counts, depth, verdict, shortest counterexample.
 
-:func:`explore` walks the reachable states breadth first with numpy. Chapters 6 to 10 quote its counts, print its
-counterexamples and play on its state graph. It never runs the program: :class:`mmu.machine.Machine` has turned every
-move into a table, so a step is a gather and an addition.
-
-:class:`mmu.space.Space` knows every state; :class:`mmu.quotient.Quotient` one of each class of states that differ only in
-which of several identical vCPUs is which.
+:func:`explore` walks the reachable states breadth first with numpy. Chapters 6 to 10 quote its counts and print its
+counterexamples. It never runs the program: :class:`mmu.machine.Machine` has turned every move into a table.
+:class:`mmu.space.Space` knows every state; :class:`mmu.quotient.Quotient` one of each class of states that differ only
+in which of several identical vCPUs is which.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmu.machine import OVERFLOW, Event, Machine
+from mmu.machine import OVERFLOW, TSO, Event, Local, Machine
 from mmu.program import DONE, OOPS, Program, ProgramError, expression
 from mmu.quotient import Quotient
 from mmu.space import MAX_BYTES, OutOfRoom, Space
@@ -30,7 +28,7 @@ Predicate = Callable[["States"], NDArray[np.bool_]]
 
 @dataclass
 class Result:
-    """What a search found; ``complete`` tells whether it saw every state.
+    """What a search found; ``complete`` tells whether it saw every state, and ``stopped`` why it did not.
 
     ``transitions`` is None for a search modulo symmetry. ``depth`` is the largest distance from the start.
     ``counterexample`` is a shortest one, and of those the first when actors are tried in order.
@@ -45,7 +43,7 @@ class Result:
     verdict: str = UNKNOWN
     counterexample: list[Event] | None = None
     complete: bool = False
-    stopped: str | None = None  # why it is not complete
+    stopped: str | None = None
     machine: Machine | None = field(default=None, repr=False)
 
     def lines(self) -> list[str]:
@@ -53,62 +51,67 @@ class Result:
         return [f"v{event.actor} {event.text}" for event in self.counterexample or []]
 
 
-# --- what is bad ---------------------------------------------------------------------------------------------------------
-
-
 class States(Mapping[str, Any]):
-    """An array of states, column by column and only when asked: every part of a word by name, ``done(path)``, ``oops``.
+    """An array of states, column by column and only when asked.
 
-    ``states["spte.w"]`` is an integer array with one entry a state. An invariant's opposite is a predicate on this:
-    ``lambda states: (states["wp"] == 1) & (states["lock"] == 0) & (states["spte.w"] == 1)``.
+    ``states["spte.w"]`` is a part of a shared word, ``states["0:old.w"]`` a local of vCPU 0 (0 where it has none),
+    ``states["done(fault)"]`` where all that run this path have finished, ``states["oops"]`` where somebody reached that
+    label, ``states["drained"]`` where every store buffer is empty. An integer or boolean array, one entry a state::
+
+        lambda states: (states["wp"] == 1) & (states["lock"] == 0) & (states["spte.w"] == 1)
+
+    Modulo symmetry a mark in a shared word is 1 where it is anybody's.
     """
 
     def __init__(self, space: Space | Quotient, frontier: Any) -> None:
-        self.space, self.machine = space, space.machine
-        self._shared, self._frontier = space.shared(frontier), frontier
-        self._locals: list[Any] | None = None
+        self.machine = space.machine
+        self._shared, self._locals = space.shared(frontier), space.locals(frontier)
+        program = self.machine.program
+        self._paths = list(dict.fromkeys(itertools.chain(*program.actors)))
 
-    def at(self, vcpu: int, test: Callable[[str], bool]) -> NDArray[np.bool_]:
-        """Where one vCPU's next step has a label that passes the test; modulo symmetry, one of its likes."""
-        if self._locals is None:
-            self._locals = self.space.locals(self._frontier)
-        passes = np.array([test(local.label) for local in self.machine.actors[vcpu].locals], dtype=np.bool_)
-        return passes[self._locals[vcpu]]
+    def each(self, vcpu: int, value: Callable[[Local], int | bool]) -> NDArray[Any]:
+        """A value of one vCPU's local state, in every state."""
+        return np.array([value(local) for local in self.machine.actors[vcpu].locals])[self._locals[vcpu]]
 
-    def any_at(self, label: str) -> NDArray[np.bool_]:
+    def at(self, label: str) -> NDArray[np.bool_]:
         """Where some vCPU's next step has this label."""
-        return np.logical_or.reduce([self.at(vcpu, label.__eq__) for vcpu in range(len(self.machine.actors))])
+        vcpus = range(len(self.machine.actors))
+        return np.logical_or.reduce([self.each(vcpu, lambda local: local.label == label) for vcpu in vcpus])
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        actors = self.machine.program.actors
         if name in self.machine.place:
             shift, mask = self.machine.place[name]
             return self._shared >> shift & mask
-        actors = range(len(self.machine.actors))
         if name == OOPS:
-            return self.any_at(OOPS)
-        if name.startswith("done("):
-            runners = [vcpu for vcpu in actors if name[5:-1] in self.machine.program.actors[vcpu]]
-            return np.logical_and.reduce([self.at(vcpu, lambda label: label == DONE) for vcpu in runners])
-        raise KeyError(f"states have no {name!r}; they have {', '.join(self)}")
+            return self.at(OOPS)
+        if name == "drained":
+            return np.logical_and.reduce(
+                [self.each(vcpu, lambda local: not local.buffer) for vcpu in range(len(actors))]
+            )
+        if name.startswith("done(") and name[5:-1] in self._paths:
+            runners = [vcpu for vcpu, paths in enumerate(actors) if name[5:-1] in paths]
+            return np.logical_and.reduce([self.each(vcpu, lambda local: local.label == DONE) for vcpu in runners])
+        vcpu, colon, of_local = name.partition(":")
+        if colon and vcpu.isdigit() and int(vcpu) < len(actors):
+            return self.each(int(vcpu), lambda local: dict(local.values).get(of_local, 0))
+        raise KeyError(f"states have no {name!r}; they have {', '.join(self)}, and locals such as 0:old")
 
     def __iter__(self) -> Iterator[str]:
-        return iter(
-            [
-                *self.machine.place,
-                OOPS,
-                *(f"done({path})" for path in dict.fromkeys(itertools.chain(*self.machine.program.actors))),
-            ]
-        )
+        return iter([*self.machine.place, OOPS, "drained", *(f"done({path})" for path in self._paths)])
 
     def __len__(self) -> int:
-        return len(list(iter(self)))
+        return len(self._paths) + len(self.machine.place) + 2
 
 
-def _judge(machine: Machine, bad: str | Predicate | None) -> Callable[[Space | Quotient, Any], NDArray[np.bool_]]:
+Judge = Callable[[Space | Quotient, Any], NDArray[np.bool_]]
+
+
+def _judge(machine: Machine, bad: str | Predicate | None) -> Judge:
     """A function that tells which states of a frontier break the invariant."""
     if callable(bad):
         return lambda space, frontier: np.asarray(bad(States(space, frontier)), dtype=np.bool_)
-    test: Expression = machine.program.oops if bad is None else expression(bad)
+    test = machine.program.oops if bad is None else expression(bad)
     ends = any(local.label == OOPS for actor in machine.actors for local in actor.locals)
     if test.names <= set(machine.place) and not ends:  # judged once for each value of the shared words
         shared = machine.unpack(np.arange(1 << machine.shared_bits, dtype=np.int32))
@@ -117,17 +120,14 @@ def _judge(machine: Machine, bad: str | Predicate | None) -> Callable[[Space | Q
 
     def judge(space: Space | Quotient, frontier: Any) -> NDArray[np.bool_]:
         states = States(space, frontier)
-        return np.asarray(test.value(states), dtype=np.bool_) | (states[OOPS] if ends else False)
+        return np.asarray(test.value(states), dtype=np.bool_) | (states[OOPS] if ends else np.False_)
 
     return judge
 
 
-# --- the search ----------------------------------------------------------------------------------------------------------
-
-
 def explore(
     program: Program,
-    memory: str = "TSO",
+    memory: str = TSO,
     *,
     canonical: bool = False,
     bad: str | Predicate | None = None,
@@ -140,16 +140,18 @@ def explore(
     The whole space is searched, a broken program's too. Ctrl-C or a bound stops early: the result then holds what was
     counted in whole levels, ``complete`` is False, and the verdict is ``unknown`` unless a bad state was already met.
 
-    Raises:
-        ProgramError: a field is too small for a value that a reachable step stores.
-
     Args:
+        program: what to run.
         memory: ``"SC"`` or ``"TSO"``.
         canonical: count states modulo a permutation of identical vCPUs; ``full_states`` stays the full count.
         bad: a condition in the program's language, or a predicate on :class:`States`, in place of the program's own.
         max_states: stop after the level that exceeds it.
         max_bytes: how many bytes marks on seen states may take.
         progress: called with the result so far after each level.
+
+    Raises:
+        ProgramError: a field is too small for a value that a reachable step stores, ``bad`` cannot be read, or the
+            vCPUs are too many to search modulo symmetry.
 
     >>> from mmu.protocols import one_shot
     >>> result = explore(one_shot(3), "SC")
@@ -160,17 +162,17 @@ def explore(
     bad_depth = None
     try:
         machine = result.machine = Machine(program, memory)
-        space = (Quotient if canonical else Space)(machine, max_bytes)
         judge = _judge(machine, bad)
+        space = (Quotient if canonical else Space)(machine, max_bytes)
         frontier, depth = space.begin(), 0
         while frontier.shape[-1]:
             result.states += frontier.shape[-1]
             result.full_states += space.full_count(frontier)
             result.depth = depth
+            if machine.overflows and States(space, frontier).at(OVERFLOW).any():
+                raise ProgramError(machine.overflows[0])
             if bad_depth is None and judge(space, frontier).any():
                 bad_depth, result.verdict = depth, BROKEN
-            if machine.overflows and States(space, frontier).any_at(OVERFLOW).any():
-                raise ProgramError(machine.overflows[0])
             if progress:
                 progress(result)
             if max_states is not None and result.states > max_states:
@@ -184,28 +186,75 @@ def explore(
             result.stopped = "a store buffer was full; what a longer one would allow was not searched"
         elif bad_depth is None:
             result.verdict = SAFE
-        if bad_depth is not None:
-            result.counterexample = _shortest(space, judge, bad_depth)
     except KeyboardInterrupt:
-        result.complete, result.stopped = False, "interrupted"
+        result.stopped = "interrupted"
     except (OutOfRoom, MemoryError) as error:
         result.stopped = str(error) or "out of memory"
-    if bad_depth is not None and result.counterexample is None and result.stopped != "interrupted":
+    if bad_depth is not None:
         result.counterexample = _shortest(space, judge, bad_depth)
     return result
 
 
-def _shortest(space: Space | Quotient, judge: Callable[..., NDArray[np.bool_]], depth: int) -> list[Event]:
-    """A shortest way to a bad state, the first when actors are tried in order.
+@dataclass
+class Graph:
+    """Every state and every move of a program, as arrays; states are numbered level by level, the start being 0."""
 
-    From the bad states of that depth back, level by level, the states that still lead there; then forward along them.
+    machine: Machine
+    shared: NDArray[np.int64]  # (state,) the shared words as one number, see Machine.unpack
+    locals: NDArray[np.int32]  # (state, actor) numbers of local states
+    depth: NDArray[np.int32]  # (state,)
+    bad: NDArray[np.bool_]  # (state,)
+    source: NDArray[np.int64]  # (move,) state
+    target: NDArray[np.int64]  # (move,) state
+    actor: NDArray[np.int64]  # (move,)
+    choice: NDArray[np.int64]  # (move,) which of the actor's moves in its local state, see Actor.moves
+
+
+def state_graph(program: Program, memory: str = TSO, max_bytes: int = MAX_BYTES) -> Graph:
+    """The whole state graph.
+
+    Raises:
+        OutOfRoom: it takes more than ``max_bytes`` to search.
+
+    >>> from mmu.protocols import one_shot
+    >>> graph = state_graph(one_shot(3), "TSO")
+    >>> len(graph.shared), len(graph.source), int(graph.depth.max())
+    (738, 1793, 18)
+    """
+    machine = Machine(program, memory)
+    space, judge = Space(machine, max_bytes), _judge(machine, None)
+    levels = [space.begin()]
+    while levels[-1].size:
+        levels.append(space.advance(levels[-1])[0])
+    levels = [space.begin()]  # once more: by now every part of a key has its final place
+    while levels[-1].size:
+        levels.append(space.advance(levels[-1])[0])
+    keys = np.concatenate(levels)
+    edges = space.edges(keys)
+    order = np.argsort(keys)
+    depth = np.repeat(np.arange(len(levels), dtype=np.int32), [len(level) for level in levels])
+    return Graph(
+        machine,
+        space.shared(keys),
+        np.stack(space.locals(keys), axis=1).astype(np.int32),
+        depth,
+        judge(space, keys),
+        edges["source"],
+        order[np.searchsorted(keys, edges["target"], sorter=order)].astype(np.int64),
+        edges["actor"],
+        edges["move"],
+    )
+
+
+def _shortest(space: Space | Quotient, judge: Judge, depth: int) -> list[Event]:
+    """A shortest way to a bad state at this depth, the first when actors are tried in order.
+
+    From the bad states back, level by level, the states that still lead there; then forward along them.
     """
     levels = [space.begin()]
     for _ in range(depth):
         levels.append(space.advance(levels[-1])[0])
-    last = levels[-1]
-    bad = judge(space, last)
-    targets = space.codes(last)[bad]
+    targets = space.codes(levels[-1])[judge(space, levels[-1])]
     leading = [set(targets.tolist())]
     for level in reversed(levels[:-1]):
         edges = space.edges(level)

@@ -20,10 +20,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 from numpy.typing import ArrayLike, NDArray
 
-from mmu import pfec
+from mmu import pfec, update
 from mmu.bits import WORD_BITS, Layout
 from mmu.picture import FAINT, FAST, INK, LOCK, OOPS, PAPER, VCPU, VCPU_MARKS, Picture, canvas
-from mmu.spte import SpteLayout, layout_named
+from mmu.spte import STATES, SpteLayout, classify, layout_named
 
 VERDICT_STYLE = {
     "fast": {"facecolor": FAST, "edgecolor": FAST, "hatch": "", "ink": PAPER, "sign": "fast"},
@@ -104,6 +104,59 @@ def fault_codes(columns: Mapping[str, Sequence[tuple[int, int]]]) -> Picture:
                 f"{fast} are candidates for the fast path"
             )
     return Picture(figure, "; ".join(findings) + ".")
+
+
+def transitions(layout: str = "6.1-npt") -> Picture:
+    """Which of the states that tell who may write follow on which: rows are the old state, columns the new one.
+
+    A cell names the rows of :data:`mmu.update.TRANSITIONS` that make the change; it is solid where one of them takes no
+    lock, hatched where all do, × where no kernel makes the change. Chapter 3.
+
+    >>> transitions().alt
+    'Of 20 changes between the 5 states, 15 are legal; 1 of them needs no lock: write-protected: dirty log to writable.'
+    """
+    form = layout_named(layout)
+    leaf = update.make_spte(0x625A, layout=layout)
+    blank = leaf & ~form.bits.mask(*_WRITERS)
+    words = [0] + [blank | form.bits.pack(**dict(zip(_WRITERS, three, strict=True))) for three in _LEGAL]
+    names = [STATES[classify(word, form, 1)] for word in words]
+    legal, free = 0, []
+    with canvas(7.0, 4.3) as figure:
+        axes = figure.add_subplot()
+        for row, old in enumerate(words):
+            for column, new in enumerate(words):
+                if row == column:
+                    continue
+                makers = update.makers(old, new, form, 1)
+                unlocked = any(maker.lock == update.NO_LOCK for maker in makers)
+                kind = "fast" if unlocked else "slow" if makers else "impossible"
+                style = VERDICT_STYLE[kind]
+                legal += bool(makers)
+                free += [f"{names[row]} to {names[column]}"] * unlocked
+                box = {key: style[key] for key in ("facecolor", "edgecolor", "hatch")}
+                axes.add_patch(Rectangle((column + 0.04, row + 0.06), 0.92, 0.88, linewidth=1.2, **box))
+                plate = {"facecolor": box["facecolor"], "edgecolor": "none", "pad": 1.5}
+                middle = {"ha": "center", "va": "center", "color": style["ink"], "bbox": plate}
+                text = "\n".join(maker.name for maker in makers) or style["sign"]
+                axes.text(column + 0.5, row + 0.5, text, size=9, **middle)
+        bits = ["".join(map(str, three)) for three in _LEGAL]
+        short = [names[0], *bits]
+        long = [names[0], *(f"{name}\n{three}" for name, three in zip(names[1:], bits, strict=True))]
+        axes.set_xticks(np.arange(5) + 0.5, [f"to {three}" for three in short])
+        axes.set_yticks(np.arange(5) + 0.5, [label.replace(": ", ":\n") for label in long], size=9)
+        axes.set(xlim=(0, 5), ylim=(5, 0))
+        axes.xaxis.tick_top()
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+    return Picture(
+        figure,
+        f"Of {len(words) * (len(words) - 1)} changes between the {len(words)} states, {legal} are legal; "
+        f"{len(free)} of them needs no lock: {'; '.join(free)}.",
+    )
+
+
+_WRITERS = ("HOST_W", "MMU_W", "W")
+_LEGAL = ((1, 1, 1), (1, 1, 0), (1, 0, 0), (0, 0, 0))
 
 
 def three_walks() -> Picture:

@@ -16,8 +16,10 @@ class HashSet:
     """Rows of ``words`` uint64 each; exact: two rows are one only if all their words are equal.
 
     >>> seen = HashSet(words=1)
-    >>> seen.add(np.array([[7], [5], [7]], dtype=np.uint64)).size, seen.add(np.array([[5], [6]], dtype=np.uint64)).tolist()
-    (2, [1])
+    >>> seen.add(np.array([[7], [5], [7]], dtype=np.uint64)).size
+    2
+    >>> seen.add(np.array([[5], [6]], dtype=np.uint64)).tolist()
+    [1]
     """
 
     def __init__(self, words: int) -> None:

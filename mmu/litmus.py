@@ -1,8 +1,8 @@
 """Litmus tests: small programs with a question, and the answer under x86-TSO and sequential consistency.
 
-A test asks whether some final state that satisfies its condition can be reached. :func:`run` answers thousands of tests
-as one batch, all their states in one array; :func:`check` holds the answers against recorded ones; :func:`program` makes
-a test a :class:`mmu.program.Program`, so that a game can play it. Chapter 6 is about the test called SB.
+A test asks whether some final state that satisfies its condition can be reached. :func:`run` answers thousands of
+tests as one batch, all their states in one array; :func:`check` holds the answers against recorded ones;
+:func:`program` makes a test a :class:`mmu.program.Program`, so that a game can play it. Chapter 6 is about the test SB.
 
 The neutral form of a test is a dict::
 
@@ -10,8 +10,9 @@ The neutral form of a test is a dict::
      "exists": ["and", ["eq", "0:rax", 0], ["eq", "1:rax", 0]], "tso": "allowed", "sc": "forbidden"}
 
 ``["W", var, value]`` is a plain store, ``["R", reg, var]`` a load, ``["F"]`` an MFENCE, ``["X", reg, var, value]`` a
-locked XCHG. ``exists`` nests ``and``, ``or`` and ``not`` over ``["eq", "thread:reg" or var, value]``; what no name names
-is 0. A state is final when every thread has finished and every store buffer is drained.
+locked XCHG. ``exists`` nests ``and``, ``or`` and ``not`` over ``["eq", "thread:reg" or var, value]``; what the test
+does not name is 0. ``init`` gives other values to start with. A state is final when every thread has finished and every
+store buffer is drained.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Answers:
     states: NDArray[np.int64]  # different states
 
 
-# --- reading a test ----------------------------------------------------------------------------------------------------
+# --- reading a test ---
 
 
 def _int(value: Any, what: str) -> int:
@@ -72,7 +73,7 @@ class _Test:
     regs: dict[str, int] = field(default_factory=dict)  # "thread:reg" -> column
     values: dict[int, int] = field(default_factory=lambda: {0: 0})
     ops: list[list[tuple[int, int, int, int]]] = field(default_factory=list)  # (kind, var, value, reg) of each thread
-    init: list[tuple[int, int]] = field(default_factory=list)
+    init: list[tuple[str, int]] = field(default_factory=list)
     question: list[tuple[int, str, int]] = field(
         default_factory=list
     )  # postfix: (_EQ, name, value) or (operator, "", 0)
@@ -133,8 +134,12 @@ def _read(test: Any) -> _Test:
         if not isinstance(test["threads"], list) or not all(isinstance(thread, list) for thread in test["threads"]):
             raise LitmusError("'threads' is no list of lists of instructions")
         read = _Test()
-        for var, value in (test.get("init") or {}).items():
-            read.init.append((read.var(var), read.value(value)))
+        for place, value in (test.get("init") or {}).items():
+            if ":" in place:
+                read.regs.setdefault(place, len(read.regs))
+            else:
+                read.var(place)
+            read.init.append((place, read.value(value)))
         for number, thread in enumerate(test["threads"]):
             read.ops.append([read.op(number, op) for op in thread])
         read.ask(test["exists"])
@@ -143,7 +148,7 @@ def _read(test: Any) -> _Test:
         raise LitmusError(f"litmus test {name!r}: {error}") from None
 
 
-# --- all tests at once ---------------------------------------------------------------------------------------------------
+# --- all tests at once ---
 
 
 class _Batch:
@@ -177,7 +182,8 @@ class _Batch:
         for number, test in enumerate(tests):
             here = slice(number * len(models), (number + 1) * len(models))
             for place, at in test.init:
-                self.start[here, self.mem + place] = at
+                column = self.reg + test.regs[place] if ":" in place else self.mem + test.vars[place]
+                self.start[here, column] = at
             for thread, ops in enumerate(test.ops):
                 self.final[here, thread] = len(ops)
                 count, last = 0, {}
@@ -243,42 +249,40 @@ class _Batch:
         return ((done == ends) & (drained == sent)).all(axis=1)
 
     def _successors(self, rows: NDArray[Any], run: NDArray[np.int32]) -> NDArray[Any]:
-        """One move after each state: for each thread its next instruction, and the draining of its oldest store."""
+        """One move after each state: of each thread the next instruction, and the draining of its oldest store."""
         found = [rows[:0]]
-        buffered = self.buffered[run]
         for thread in range(self.threads):
-            done = rows[:, self.done + thread].astype(np.intp)
-            drained = rows[:, self.drained + thread].astype(np.int32)
+            done, drained = (rows[:, at + thread].astype(np.intp) for at in (self.done, self.drained))
             kind = self.kind[run, thread, done]
             pending = self.stores[run, thread, done] > drained
-            ready = (kind == _W) | (kind == _R) | (((kind == _F) | (kind == _X)) & ~pending)
-
-            def next_rows(which: NDArray[np.bool_], thread: int = thread) -> tuple[NDArray[Any], Any, Any, Any]:
-                at = np.flatnonzero(which)
-                new = rows[at]
-                each = np.arange(len(at), dtype=np.intp)
-                return new, each, at, (run[at], thread, done[at])
-
-            new, each, at, here = next_rows(ready)
-            new[:, self.done + thread] += 1
-            what, var = kind[at], self.mem + self.var[here]
-            loads = np.flatnonzero((what == _R) | (what == _X))
-            newest = self.newest[here]
-            own = (newest >= drained[at]) & (what == _R)  # the newest store to the variable is still in the own buffer
-            value = np.where(own, self.sent_value[here[0], thread, newest], new[each, var])
-            new[loads, (self.reg + self.reg_of[here])[loads]] = value[loads]
-            writes = np.flatnonzero((what == _X) | ((what == _W) & ~buffered[at]))
-            new[writes, var[writes]] = self.value[here][writes]
-            direct = np.flatnonzero((what == _W) & ~buffered[at])
-            new[direct, self.drained + thread] += 1
-            found.append(new)
-
-            new, each, at, here = next_rows(pending)
-            oldest = (run[at], thread, drained[at])
-            new[each, self.mem + self.sent_var[oldest]] = self.sent_value[oldest]
-            new[:, self.drained + thread] += 1
-            found.append(new)
+            blocked = (kind == _END) | (pending & ((kind == _F) | (kind == _X)))
+            at = np.flatnonzero(~blocked)
+            found.append(self._instruction(rows[at], run[at], thread, kind[at], done[at], drained[at]))
+            at = np.flatnonzero(pending)
+            found.append(self._drain(rows[at], run[at], thread, drained[at]))
         return np.concatenate(found)
+
+    def _instruction(self, rows: Any, run: Any, thread: int, kind: Any, done: Any, drained: Any) -> NDArray[Any]:
+        """These states after one instruction of a thread; ``rows`` is a copy, and is written to."""
+        here, each = (run, thread, done), np.arange(len(rows), dtype=np.intp)
+        var, newest = self.mem + self.var[here], self.newest[here]
+        rows[:, self.done + thread] += 1
+        own = (newest >= drained) & (kind == _R)  # the newest store to the variable is still in the own buffer
+        value = np.where(own, self.sent_value[run, thread, newest], rows[each, var])
+        loads = np.flatnonzero((kind == _R) | (kind == _X))
+        rows[loads, (self.reg + self.reg_of[here])[loads]] = value[loads]
+        at_once = (kind == _W) & ~self.buffered[run]
+        writes = np.flatnonzero(at_once | (kind == _X))
+        rows[writes, var[writes]] = self.value[here][writes]
+        rows[at_once, self.drained + thread] += 1
+        return rows
+
+    def _drain(self, rows: Any, run: Any, thread: int, drained: Any) -> NDArray[Any]:
+        """These states after a thread's oldest store has reached memory; ``rows`` is a copy, and is written to."""
+        oldest, each = (run, thread, drained), np.arange(len(rows), dtype=np.intp)
+        rows[each, self.mem + self.sent_var[oldest]] = self.sent_value[oldest]
+        rows[:, self.drained + thread] += 1
+        return rows
 
     def _satisfies(self, rows: NDArray[Any], run: NDArray[np.int32]) -> NDArray[np.bool_]:
         """Whether each final state satisfies its test's condition: one stack machine, all states in step."""
@@ -321,6 +325,11 @@ def run(tests: Sequence[Mapping[str, Any]], models: Sequence[str] = MODELS, max_
     return Answers(verdicts.reshape(shape), finals.reshape(shape), states.reshape(shape))
 
 
+def validate(test: Mapping[str, Any]) -> None:
+    """Raise :class:`LitmusError` where a test is not in the neutral form."""
+    _read(test)
+
+
 def program(test: Mapping[str, Any]) -> tuple[Program, Callable[[Any], NDArray[np.bool_]]]:
     """A test as a program, and the predicate on :class:`mmu.explore.States` that is true where its condition is met.
 
@@ -332,6 +341,8 @@ def program(test: Mapping[str, Any]) -> tuple[Program, Callable[[Any], NDArray[n
     read = _read(test)
     if not all(0 <= value < 256 for value in read.values):
         raise LitmusError(f"litmus test {test.get('name', '?')!r}: has values outside 0 to 255")
+    if any(":" in place for place, _ in read.init):
+        raise LitmusError(f"litmus test {test.get('name', '?')!r}: starts with values in registers")
     if not all(name.split(":")[-1].isidentifier() for name in [*read.vars, *read.regs]):
         raise LitmusError(f"litmus test {test.get('name', '?')!r}: has names that are no identifiers")
     values = list(read.values)
@@ -347,14 +358,12 @@ def program(test: Mapping[str, Any]) -> tuple[Program, Callable[[Any], NDArray[n
         Program(
             "\n".join(lines), [[f"t{number}"] for number in threads], observe=observed, name=str(test.get("name", ""))
         ),
-        lambda states: _final(states, threads, read) & _holds(test["exists"], states, threads, read),
+        lambda states: _final(states, threads) & _holds(test["exists"], states, threads, read),
     )
 
 
-def _final(states: Any, threads: Sequence[int], read: _Test) -> NDArray[np.bool_]:
-    return np.logical_and.reduce(
-        [states[f"done(t{number})"] & states[f"drained({place})"] for place, number in enumerate(threads)]
-    )
+def _final(states: Any, threads: Sequence[int]) -> NDArray[np.bool_]:
+    return np.logical_and.reduce([states["drained"], *(states[f"done(t{number})"] for number in threads)])
 
 
 def _holds(condition: Any, states: Any, threads: Sequence[int], read: _Test) -> Any:

@@ -9,8 +9,8 @@ x86-TSO (Owens, Sarkar, Sewell 2009): a plain store enters the vCPU's own first-
 its head is a move of its own; a load is answered by the newest entry of the own buffer, else by memory; a fence or a
 locked step waits until the own buffer is empty. Under SC a store acts at once.
 
-A program that loops without ever draining would fill a buffer without end. Here a buffer holds at most BUFFER stores, or
-as many as a path has; ``Machine.bounded`` says whether a store ever had to wait for that reason. What is bad with a
+A program that loops without ever draining would fill a buffer without end. Here a buffer holds at most BUFFER stores,
+or as many as a path has; ``Machine.bounded`` says whether a store ever had to wait for that reason. What is bad with a
 bounded buffer is bad without; what is safe with it is not thereby proved safe.
 """
 
@@ -37,7 +37,7 @@ Writes = tuple[tuple[str, int], ...]
 
 @dataclass(frozen=True)
 class Local:
-    """One actor's local state: the label of its next step, its live locals, and its store buffer, oldest store first."""
+    """One actor's local state: its next step's label, its live locals, its store buffer with the oldest store first."""
 
     path: str = ""
     label: str = ""  # "" at the choice of a path, else the next step, DONE or OOPS
@@ -56,7 +56,7 @@ class Local:
 
 @dataclass(frozen=True)
 class Move:
-    """One thing an actor may do next: a step of a path, or the draining of its oldest buffered store (``step`` None)."""
+    """One thing an actor may do next: a step of a path, or (``step`` None) draining its oldest store."""
 
     path: str
     step: Step | None
@@ -90,6 +90,7 @@ class Event:
 
     actor: int
     kind: str  # "step" or "flush"
+    label: str  # of the step, "" for a flush
     text: str
     target: State
 
@@ -157,7 +158,7 @@ class Machine:
     # -- one state at a time --
 
     def events(self, state: State) -> list[Event]:
-        """Every move that is possible in a state, actor by actor, an actor's steps before the draining of its buffer."""
+        """Every move that is possible in a state, actor by actor, an actor's steps before its draining."""
         found = []
         for vcpu, actor in enumerate(self.actors):
             here = state.locals[vcpu]
@@ -167,8 +168,8 @@ class Machine:
                     continue
                 after = int(actor.to_shared[number, here, state.shared])
                 target = State(after, (*state.locals[:vcpu], there, *state.locals[vcpu + 1 :]))
-                kind = "step" if move.step else "flush"
-                found.append(Event(vcpu, kind, self._tell(vcpu, actor.locals[here], move, state.shared), target))
+                kind, label = ("step", move.step.label) if move.step else ("flush", "")
+                found.append(Event(vcpu, kind, label, self._tell(vcpu, actor.locals[here], move, state.shared), target))
         return found
 
     def _tell(self, vcpu: int, local: Local, move: Move, shared: int) -> str:
@@ -244,7 +245,7 @@ class _Closure:
             full = len(local.buffer) >= self.buffer
             self.machine.bounded |= full and any(move.step.kind == "store" for move in moves if move.step)
             moves = [
-                move for move in moves if move.step and not (move.step.drains or full and move.step.kind == "store")
+                move for move in moves if move.step and not (move.step.drains or (full and move.step.kind == "store"))
             ]
             moves.append(Move("", None))
         return moves

@@ -3,7 +3,8 @@
 :func:`judge` is the heart, a dozen lines that chapter 2 shows and has the reader write; :func:`descend` follows
 entries down to the leaf; :func:`access` is both, for whole arrays at once. An entry set is an array
 ``# (access, level)``, root first, its last column the level of 4K pages; every other argument is a scalar or an array
-``# (access,)``. The error code's bits are named in :mod:`mmu.pfec`.
+``# (access,)``. The error code's bits are named in :mod:`mmu.pfec`, the formats of entries in ``mmu.formats``; tables
+in memory are ``mmu.tables``. :func:`fault_codes` is the same rule for tens of millions of leaves, by look-up.
 
 Sources: Intel SDM 3A 4.5 to 4.7 for the rules; Linux 6.1 ``arch/x86/kvm/mmu`` (``permission_fault``,
 ``reset_rsvds_bits_mask``, ``walk_addr_generic``) for what KVM's own walker makes of them.
@@ -103,7 +104,7 @@ class Descent(NamedTuple):
 
     @property
     def user_page(self) -> Bools:
-        """U in every entry on the way: what SMEP and SMAP call a user page (guest formats)."""
+        """U in every entry on the way, what SMEP and SMAP call a user page (guest formats)."""
         return self.rights & U != 0
 
     @property
@@ -213,6 +214,22 @@ _DENIES_FETCH, _RESERVED, _ENTRY_LOW = 1, 8, 32
 _ACCESS = np.uint8(CODE_W | CODE_U | CODE_F)
 _BLOCK = 1 << 16  # pairs at a time: their words stay in the cache between one step and the next
 NO_FAULT = -1
+
+
+def access_bits(write: Flags = False, fetch: Flags = False, user: Flags = False) -> NDArray[np.uint8]:
+    """What accesses are, as the bits W, U and F that an error code would have.
+
+    Raises:
+        ValueError: some access both writes and fetches.
+
+    >>> access_bits(write=np.array([False, True]), user=True).tolist()
+    [4, 6]
+    """
+    write, fetch, user = (np.asarray(flag, dtype=np.bool) for flag in (write, fetch, user))
+    if (write & fetch).any():
+        raise ValueError("an access is both write and fetch; expected read, write or fetch")
+    bits = (flag * np.uint8(bit) for flag, bit in ((write, CODE_W), (fetch, CODE_F), (user, CODE_U)))
+    return np.asarray(sum(bits, np.uint8(0)), dtype=np.uint8)
 
 
 def decisions(

@@ -34,11 +34,11 @@ A text declares words, then paths, then what must never be seen::
 
 OLD and NEW are ``(field=value, ...)``, ``(x)`` for all the fields that the local ``x`` was read with, ``(x, w=1)`` for
 those with one replaced, or a plain value for a word without fields. ``me`` is the actor's own mark. ``word mode[vcpu]``
-declares one word for each actor: ``mode[me]`` is its own, and a step labelled ``Z2[r]`` is repeated with ``mode[r]`` for
-every other actor ``r``. ``done`` ends the path, ``oops`` says that the invariant is broken.
+declares one word for each actor: ``mode[me]`` is its own, and a step labelled ``Z2[r]`` is repeated with ``mode[r]``
+for every other actor ``r``. ``done`` ends the path, ``oops`` says that the invariant is broken.
 
-One step is one access to one shared word: what is decided by locals alone belongs to the step that read them, and a step
-that would read two words is refused. Guards block, so there are no busy-wait states.
+One step is one access to one shared word: what is decided by locals alone belongs to the step that read them, and a
+step that would read two words is refused. Guards block, so there are no busy-wait states.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class ProgramError(ValueError):
     """A protocol's text cannot be read; the message quotes the line and says what was expected."""
 
 
-# --- expressions: a little of Python, on ints and on whole arrays alike ------------------------------------------------
+# --- expressions: a little of Python, on ints and on whole arrays alike ---
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ _COMPARE = {
 _ARITHMETIC = {ast.Add: lambda a, b: a + b, ast.Sub: lambda a, b: a - b}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def expression(text: str) -> Expression:
     """Compile a condition such as ``wp and not lock and spte.w``; it then takes ints or arrays by name.
 
@@ -143,12 +143,12 @@ def expression(text: str) -> Expression:
     return Expression(text.strip(), frozenset(names), value)
 
 
-# --- words ------------------------------------------------------------------------------------------------------------
+# --- words ---
 
 
 @dataclass(frozen=True)
 class Part:
-    """One field of a word, or the whole of a word without fields: full name, how many values, the value at the start."""
+    """One field of a word, or a whole word without fields: full name, how many values, the value at the start."""
 
     name: str
     size: int | str  # VCPU: as many as there are marks, and 0
@@ -197,7 +197,7 @@ def _declare(line: str) -> Word:
     return Word(name if colon else parts[0].name, tuple(parts))
 
 
-# --- steps ------------------------------------------------------------------------------------------------------------
+# --- steps ---
 
 Record = tuple[tuple[str, Expression], ...]  # ((full name of a part, its value), ...)
 
@@ -237,7 +237,7 @@ class Step:
     def act(self, local: Mapping[str, int], seen: Mapping[str, int]) -> Outcome | None:
         """What the step does to the word and where it leads, given locals (``me`` among them) and the word as read.
 
-        Returns None where the step's guard blocks. Dead locals are dropped, so that states differ only where it matters.
+        Returns None where the step's guard blocks.
         """
         env = {**local, **seen}
         if self.guard is not None and not self.guard.value(env):
@@ -473,7 +473,7 @@ def _keep_live(steps: list[Step], observed: frozenset[str]) -> list[Step]:
             return [replace(step, keeps=after(step)) for step in steps]
 
 
-# --- the program ------------------------------------------------------------------------------------------------------
+# --- the program ---
 
 
 @functools.lru_cache(maxsize=256)

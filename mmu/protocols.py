@@ -1,13 +1,13 @@
 """The protocols of the book as texts, and their variants as edits of a few lines.
 
-``one-shot`` and ``looping`` are the fast page fault as Xiao Guangrong's message of 2012-03-29 has it (chapters 6 to 10);
-``merged`` is the design that Linux 3.6 took instead (chapter 12); ``gfn-aba``, ``zap`` and ``flush`` are the book's own
-findings beyond the message (chapters 8 and 12); the ``walk-`` models are a page walk against the freeing of the page
-(chapter 5): unprotected, and as in Linux 3.4, in Linux 3.6, and in the TDP MMU. Each text is in the language of
-:mod:`mmu.program`; a variant names the steps that it changes, so that two versions differ by what one can read.
+``one-shot`` and ``looping`` are the fast page fault as Xiao Guangrong's message of 2012-03-29 has it (chapters 6 to
+10); ``merged`` is the design that Linux 3.6 took instead (chapter 12); ``gfn-aba``, ``zap`` and ``flush`` are the
+book's own findings beyond the message (chapters 8 and 12); the ``walk-`` models are a page walk against the freeing of
+the page (chapter 5): unprotected, and as in Linux 3.4, in Linux 3.6, and in the TDP MMU. Each text is in the language
+of :mod:`mmu.program`; a variant names the steps that it changes, so that two versions differ by what one can read.
 
-What the models leave out: addresses (there is one spte), the TLB (but in ``flush``), the slow path (but past the limit of
-marks), and everything of a CPU but its store buffer.
+What the models leave out: addresses (there is one spte), the TLB (but in ``flush``), the slow path (but past the limit
+of marks), and everything of a CPU but its store buffer.
 """
 
 from __future__ import annotations
@@ -469,7 +469,7 @@ def program(model: str = "one-shot", variant: str = "seed", vcpus: int = 3) -> P
 
 
 def one_shot(vcpus: int = 3, variant: str = "seed") -> Program:
-    """The one-shot model: the last vCPU write-protects once, the others fault once. The message's own picture has three."""
+    """The one-shot model: the last vCPU write-protects once, the others fault once. The message pictures three."""
     return program("one-shot", variant, vcpus)
 
 

@@ -1,7 +1,7 @@
 """The states of a machine modulo a permutation of identical vCPUs, a whole frontier at a time; see :mod:`mmu.explore`.
 
-Of states that differ only in which vCPU is which, one stands for all, and how many it stands for is known: the sum is the
-full count, a free check. Growth is polynomial in the number of vCPUs. Chapter 9 goes to ten vCPUs with it.
+Of states that differ only in which vCPU is which, one stands for all, and how many it stands for is known: the sum is
+the full count, a free check. Growth is polynomial in the number of vCPUs. Chapter 9 goes to ten vCPUs with it.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class _Group:
 class Quotient:
     """The states of a machine modulo a permutation of identical vCPUs.
 
-    A state is a column: one field for each vCPU, sorted within each group of identical ones, and the shared words. That a
-    mark is vCPU k's is a flag in k's own field, so sorting carries it along. Where vCPUs also remember each other's marks
-    no flag can say so; then a state is the least of all its permutations, which is done for up to 720 of them.
+    A state is a column: one field for each vCPU, sorted within each group of identical ones, and the shared words. That
+    a mark is vCPU k's is a flag in k's own field, so sorting carries it along. Where vCPUs also remember each other's
+    marks no flag can say so; then a state is the least of all its permutations, if there are no more than 720.
 
     Raises:
         ProgramError: too many vCPUs to permute, or to number their states in 64 bits.
@@ -123,7 +123,8 @@ class Quotient:
         """For each permutation of identical vCPUs, what each one's local state and the shared words become."""
         if self.size > MAX_PERMUTATIONS:
             raise ProgramError(
-                f"these vCPUs remember each other's marks, and {self.size} permutations are too many; search without symmetry"
+                f"these vCPUs remember each other's marks, and their {self.size} permutations are more than "
+                f"{MAX_PERMUTATIONS}; search without symmetry"
             )
         machine = self.machine
         marks, locals_ = machine.program.marks, [actor.locals for actor in machine.actors]
@@ -155,7 +156,7 @@ class Quotient:
             self.relabel.append((tables, renamed))
 
     def _number(self) -> None:
-        """Prepare to number columns: sorted fields f0 <= f1 <= ... are number C(f0, 1) + C(f1 + 1, 2) + ... of their kind."""
+        """Prepare to number columns: sorted fields f0 <= f1 <= ... are number C(f0, 1) + C(f1 + 1, 2) + ... of all."""
         kinds = [math.comb(group.fields + len(group.vcpus) - 1, len(group.vcpus)) for group in self.groups]
         bits = self.machine.shared_bits
         if math.prod(kinds) << bits >= 1 << 63:

@@ -110,10 +110,13 @@ def check(source: trace.Source, scene: Scenario | dict[str, Any], layout: str | 
         ValueError: the object is no scenario, or no such layout. OSError: the trace cannot be read.
     """
     scene = scenario.parse(json.dumps(scene)) if isinstance(scene, dict) else scene
-    t = trace.read(source)
-    said = predict(scene)
-    seen = recorded(t)
+    return compare(trace.read(source), scene, predict(scene), layout)
+
+
+def compare(t: trace.Trace, scene: Scenario, said: Prediction, layout: str | None = None) -> dict[str, Any]:
+    """The same for a trace already read and a prediction already made; see :func:`check`."""
     form = layout_named(layout or said.kernel.layout)
+    seen = recorded(t)
     out = Comparison(said, seen, scene)
     if explain.races(scene):
         out.explain(explain.explain(t, scene, seen))

@@ -25,7 +25,6 @@ A field without a name, ``{:x}``, has to be there and is not kept. Blanks are sp
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -140,24 +139,43 @@ class Text:
         return value, at, over | reading
 
 
-@dataclass
 class Match:
-    """What a format found: one entry a cursor in each array."""
+    """How far a format got with each cursor, and what it found: one entry a cursor in each array.
 
-    at: Cursors
-    ok: NDArray[np.bool_]
-    columns: dict[str, NDArray[np.generic]] = field(default_factory=dict)
-    expected: NDArray[np.int16] | None = None  # index into Format.expectations of what was missed, -1 where ok
-    failed_at: Cursors | None = None  # where it was missed
+    Attributes:
+        at: where each cursor stands.
+        ok: whether everything matched so far.
+        columns: the fields, by name.
+        expected: index into :attr:`Format.expectations` of the first part that was missed, -1 where none was.
+        missed_at: where that was.
+    """
+
+    def __init__(self, at: Cursors, ok: NDArray[np.bool_] | None = None) -> None:
+        self.at = at
+        self.ok = np.ones(len(at), dtype=np.bool_) if ok is None else ok
+        self.columns: dict[str, NDArray[np.generic]] = {}
+        self.expected = np.full(len(at), -1, dtype=np.int16)
+        self.missed_at = at.copy()
 
     def fail(self, good: NDArray[np.bool_], expectation: int) -> None:
         """Lines that matched so far and are not ``good`` missed the expectation of this number."""
         if good.all():
             return
-        failed = self.ok & ~good
-        self.expected[failed] = expectation
-        self.failed_at[failed] = self.at[failed]
+        missed = self.ok & ~good & (self.missed_at <= self.at)  # an option that got further says more
+        self.expected[missed] = expectation
+        self.missed_at[missed] = self.at[missed]
         self.ok = self.ok & good
+
+    def option(self, inner: Match) -> None:
+        """Take over what an option found, and remember where it failed if it got further than any before."""
+        for name, column in inner.columns.items():
+            before = self.columns.get(name, np.array(missing_value(column.dtype), dtype=column.dtype))
+            self.columns[name] = column if inner.ok.all() else np.where(inner.ok, column, before)
+        if not inner.ok.all():
+            further = self.ok & ~inner.ok & (inner.missed_at > np.maximum(self.missed_at, self.at + 1))
+            self.expected = np.where(further, inner.expected, self.expected)
+            self.missed_at = np.where(further, inner.missed_at, self.missed_at)
+        self.at = np.where(inner.ok, inner.at, self.at)
 
 
 class Format:
@@ -241,7 +259,7 @@ class Format:
 
     def match(self, text: Text, at: Cursors) -> Match:
         """Match every cursor; a match has to reach the end of its line."""
-        match = Match(at.copy(), np.ones(len(at), np.bool_), {}, np.full(len(at), -1, np.int16), at.copy())
+        match = Match(at)
         self._run(self._steps, text, match)
         match.at = text.skip(match.at, BLANK)
         match.fail(text.bytes[match.at] == ord("\n"), self._end)
@@ -258,13 +276,9 @@ class Format:
             step(text, match, *arguments)
 
     def _maybe(self, text: Text, match: Match, steps: list[tuple]) -> None:
-        inner = Match(match.at, match.ok, {}, np.full(len(match.at), -1, np.int16), match.at.copy())
+        inner = Match(match.at, match.ok)
         self._run(steps, text, inner)
-        taken = inner.ok
-        match.at = np.where(taken, inner.at, match.at)
-        for name, column in inner.columns.items():
-            before = match.columns.get(name, np.array(missing_value(column.dtype), dtype=column.dtype))
-            match.columns[name] = column if taken.all() else np.where(taken, column, before)
+        match.option(inner)
 
     def _blank(self, text: Text, match: Match, expectation: int) -> None:
         here = BLANK[text.bytes[match.at]]

@@ -459,27 +459,38 @@ class ShadowMMU:
             here = np.where(here >= 0, self.child[here, entry], np.int64(-1))
         return here, gva >> 12 & (ENTRIES - 1)
 
-    def settle(self, cpu: Any, part: Any) -> Settled:
-        """Let one segment's accesses happen: their faults in order, and what became of each."""
+    def settle(self, cpu: Any, part: Any, walks: Walk) -> Settled:
+        """Let one segment's accesses happen: their faults in order, and what became of each.
+
+        ``walks`` are the guest's walks of these accesses; its tables do not change within a segment, but for A and D.
+        """
         count = part.gva.size
         out = Settled(
             np.zeros(0, dtype=FAULT), np.zeros(count, dtype=np.uint64), np.zeros(count, dtype=np.bool),
             np.zeros(count, dtype=np.bool), np.zeros(count, dtype=np.uint64),
         )  # fmt: skip
         waiting = np.flatnonzero(part.op <= 3)
+        coupled = self._coupled(cpu, walks)
         records = [out.faults]
         while waiting.size:
             page, entry, word, allowed = self._look(cpu, part.take(waiting))
             known = (page >= 0) & (self.mmio[page, entry] == self.memory.generation)
             unit = np.where(page >= 0, page * (ENTRIES // PREFETCH) + entry // PREFETCH, np.int64(-1))
+            unit[coupled[waiting]] = -1
             lead, now = independent(unit, allowed, known, self._scratch())
+            denied = np.flatnonzero(~allowed)
+            walk = self.walk(cpu, part.take(waiting[denied]))
+            # What a fault does to a page (a copy, for example) reaches its other addresses through the reverse map.
+            tables = (walk.gpa >> np.uint64(12)).astype(np.int64)
+            lead = np.minimum(lead, _first_of(tables, denied, self._mapped(page, entry), waiting.size))
             done = allowed & (np.arange(waiting.size, dtype=np.int64) < lead)
             frame = self.gfn[page[done], entry[done]].astype(np.uint64) << np.uint64(12)
             out.gpa[waiting[done]] = frame | (part.gva[waiting[done]] & np.uint64(0xFFF))
-            serve = self._may_go_together(cpu, part, waiting, np.flatnonzero(now), page)
+            serve = self._may_go_together(np.flatnonzero(now), page, denied, tables)
             finished = np.zeros(waiting.size, dtype=np.bool)
             if serve.size:
-                record, end = self._serve(cpu, part, waiting[serve], page[serve], entry[serve], word[serve], out)
+                rows = walk.take(np.searchsorted(denied, serve))
+                record, end = self._serve(cpu, part, waiting[serve], rows, page[serve], entry[serve], word[serve], out)
                 records.append(record)
                 finished[serve] = end
             waiting = waiting[~done & ~finished]
@@ -499,36 +510,53 @@ class ShadowMMU:
         allowed = (self.bits.rights(word) & need != 0) & (~part.user | (word & self.bits.user != 0))
         return page, entry, word, allowed
 
+    def _coupled(self, cpu: Any, walks: Walk) -> Bools:
+        """Accesses whose group of eight guest entries shares a gfn with another group ``# (access,)``.
+
+        What one does to the host's page the other's prefetch would see, so all such go one after the other.
+        """
+        width = cpu.format.entry_bytes
+        group = np.where(walks.used[:, -1], walks.entry_gpa[:, -1] & ~np.uint64(PREFETCH * width - 1), np.uint64(0))
+        names, which = np.unique(group, return_inverse=True)
+        entry = self.memory.load(
+            (names[:, None] + np.arange(PREFETCH, dtype=np.uint64) * np.uint64(width)).ravel(), width
+        )
+        gfn = np.where(entry & paging.P != 0, entry >> np.uint64(12) & np.uint64((1 << 40) - 1), np.uint64(0))
+        pair = np.unique(np.stack([gfn, np.repeat(names, PREFETCH)], axis=1)[gfn > 0], axis=0)
+        _, first, count = np.unique(pair[:, 0], return_inverse=True, return_counts=True)
+        shared = np.isin(names, pair[count[first.ravel()] > 1, 1])
+        return shared[which.ravel()]
+
     def _scratch(self) -> Index:
-        units = self.sptes.size // PREFETCH + 1  # the last one is for addresses whose shadow page is missing
+        units = self.sptes.size // PREFETCH + 1  # the last one is for what has to go one by one
         if self._lead.size < units:
             self._lead = np.zeros(2 * units, dtype=np.int64)
         return self._lead
 
-    def _may_go_together(self, cpu: Any, part: Any, waiting: Index, serve: Index, page: Index) -> Index:
+    def _mapped(self, page: Index, entry: Index) -> Index:
+        """The gfn that each address maps now, -1 for none."""
+        return np.where(page >= 0, self.gfn[page, entry], np.int64(-1))
+
+    @staticmethod
+    def _may_go_together(serve: Index, page: Index, denied: Index, tables: Index) -> Index:
         """Of each group's first fault: those ahead of the first that needs a new shadow page, else that one alone.
 
-        Of two that touch the same gfn by different addresses only the first goes: what it does to the page (a copy,
-        for example) reaches the other through the reverse map.
+        Of two that touch the same gfn by different addresses only the first goes.
         """
         missing = serve[page[serve] < 0]
         if missing.size:
             ahead = serve[serve < missing[0]]
             serve = ahead if ahead.size else missing[:1]
-        if serve.size > 1:
-            gfn = self.walk(cpu, part.take(waiting[serve])).gpa >> np.uint64(12)
-            _, first = np.unique(gfn, return_index=True)
-            serve = serve[np.sort(first)]
-        return serve
+        _, first = np.unique(tables[np.searchsorted(denied, serve)], return_index=True)
+        return serve[np.sort(first)]
 
     def _serve(
-        self, cpu: Any, part: Any, which: Index, page: Index, entry: Index, word: Words, out: Settled
+        self, cpu: Any, part: Any, which: Index, walk: Walk, page: Index, entry: Index, word: Words, out: Settled
     ) -> tuple[NDArray[np.void], Bools]:
         """Serve faults of different groups; say which accesses are over (the others are tried again)."""
         bits, memory = self.bits, self.memory
         part = part.take(which)
         write, fetch = (part.op == 1) | (part.op == 2), part.op == 3
-        walk = self.walk(cpu, part)
         gfn = (walk.gpa >> np.uint64(12)).astype(np.int64)
         special = (page >= 0) & (self.mmio[page, entry] >= 0)
         present = word & bits.present != 0
@@ -761,3 +789,12 @@ class ShadowMMU:
         if len(self.sptes):
             index = np.arange(slot.first + first, slot.first + first + count, dtype=np.int64)
             self._clear(*np.nonzero(self._mapping(index)))
+
+
+def _first_of(tables: Index, denied: Index, gfn: Index, none: int) -> Index:
+    """For each touch the position of the first faulting touch of the same gfn; ``none`` where there is none."""
+    names, first = np.unique(tables, return_index=True)
+    if not names.size:
+        return np.full(gfn.shape, none, dtype=np.int64)
+    at = np.minimum(np.searchsorted(names, gfn), names.size - 1)
+    return np.where(names[at] == gfn, denied[first[at]], np.int64(none))

@@ -1,8 +1,8 @@
 """Every state of a machine as one 64-bit key, and one move of a whole frontier of them: what :mod:`mmu.explore` drives.
 
-The actors are split into two halves. Joint local states of a half are numbered as they are met, so a key has three parts:
-number of the first half, shared words, number of the second half. What a half may do at one value of the shared words is
-looked up once; from then on a move is an addition to a key. Chapter 9 counts with it.
+The actors are split into two halves. Joint local states of a half are numbered as they are met, so a key has three
+parts: number of the first half, shared words, number of the second half. What a half may do at one value of the shared
+words is looked up once; from then on a move is an addition to a key. Chapter 9 counts with it.
 """
 
 from __future__ import annotations
@@ -142,8 +142,8 @@ class _Half:
 class Space:
     """Every state of a machine, each a key of 64 bits: joint state of the first half, shared words, of the second half.
 
-    One byte a state tells whether it was seen. The bytes lie row by row, a row being what the first half and the shared
-    words are, numbered as they are met: two halves that exclude each other (only one of them holds the lock) take no room.
+    One byte a state tells whether it was seen. The bytes lie row by row; a row is what the first half and the shared
+    words are, numbered when first met, so what excludes each other (two vCPUs holding the lock) takes no room.
     """
 
     _NOWHERE = np.int64(1) << np.int64(62)
@@ -191,10 +191,8 @@ class Space:
         if need > self.max_bytes:
             raise OutOfRoom(f"{need} bytes to mark the states seen are more than the {self.max_bytes} allowed")
         if need > len(self.seen):
-            spare = need + (need >> 2 if need > 1 << 24 else need)
-            self.seen.resize(
-                min(spare, self.max_bytes), refcheck=False
-            )  # in place, where a copy would double the bytes
+            room = min(need + (need >> 2 if need > 1 << 24 else need), self.max_bytes)
+            self.seen.resize(room, refcheck=False)  # in place, where a copy would take the bytes twice
 
     def _fresh(self, keys: Keys) -> Keys:
         """The keys not seen before, each once; they are marked as seen.
@@ -212,20 +210,14 @@ class Space:
         self.seen[places] = tag
         return keys[np.flatnonzero(self.seen[places] == tag)]
 
-    def _moves(self, half: _Half, keys: Keys) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-        """Of each key, its moves in one half: edge numbers, key by key, and how many each key has."""
-        rows = keys & self.row_mask if half.ends_key else keys >> self.low_bits
-        count = half.count[rows]
-        last = np.cumsum(count, dtype=np.int64)
-        total = int(last[-1])
-        edge = np.repeat(half.first[rows] - last + count, count)
-        edge += np.arange(total, dtype=np.int64)
-        return edge, count
+    def _rows(self, half: _Half, keys: Keys) -> Keys:
+        """The row of a half that each key holds."""
+        return keys & self.row_mask if half.ends_key else keys >> self.low_bits
 
     def _meet(self, frontier: Keys) -> Keys:
         """See to it that every row of the frontier is known; keys change when the second half needs more room."""
         for half, unit in ((self.high, 1 << self.low_bits), (self.low, 1)):
-            rows = frontier & self.row_mask if half.ends_key else frontier >> self.low_bits
+            rows = self._rows(half, frontier)
             new = rows[half.count[rows] == _Half.UNMET]
             if new.size:
                 half.meet(new)
@@ -252,7 +244,7 @@ class Space:
 
     def _moves(self, half: _Half, keys: Keys) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
         """The moves of these keys in one half, key by key: the numbers of the edges, and how many each key has."""
-        rows = keys & self.row_mask if half.ends_key else keys >> self.low_bits
+        rows = self._rows(half, keys)
         count = half.count[rows]
         last = np.cumsum(count, dtype=np.int64)
         edge = np.repeat(half.first[rows] - last + count, count)

@@ -74,7 +74,7 @@ MEANINGS = (
 """What each state means, in a few words, in the order of :data:`STATES`."""
 
 LEAVES = (WRITABLE, DIRTY_LOG, GUEST_TABLE, HOST_READ_ONLY, PROTECTED, MARKED, ACCESS_TRACKED)
-"""The states of a present leaf: an entry that maps a page."""
+"""The states of a present leaf, an entry that maps a page."""
 
 
 # Layouts -------------------------------------------------------------------------------------------------------------

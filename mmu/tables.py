@@ -25,6 +25,7 @@ from mmu.formats import LONG4, PFN, PS, Bools, Format, P
 PAT_LARGE, PAT_SMALL = np.uint64(1 << 12), PS  # where the PAT bit lies in a large leaf and in a 4K one
 BLOCK = 1 << 14  # addresses walked at a time: what one step writes is still in the cache when the next reads it
 NOWHERE = -1
+WRITES = np.uint8(paging.CODE_W)  # of an access's bits that which makes a leaf dirty; EPT's is the same
 
 Words = NDArray[np.uint64]
 Ints = NDArray[np.int64]
@@ -313,12 +314,12 @@ class PageTable:
         Raises:
             ValueError: some access both writes and fetches.
         """
-        flags = (write, paging.CODE_W), (fetch, paging.CODE_F), (user, paging.CODE_U)
-        kind = sum((np.asarray(flag, dtype=np.bool) * np.uint8(bit) for flag, bit in flags), np.uint8(0))
-        if (kind & np.uint8(paging.CODE_W) != 0).any() and (kind & np.uint8(paging.CODE_F | paging.CODE_W) == 18).any():
-            raise ValueError("an access is both write and fetch; expected read, write or fetch")
+        kind = paging.access_bits(write, fetch, user)
         verdicts = paging.decisions(nxe=nxe, **cpu)
-        made = self.resolve(addresses, kind, verdicts, dirties=paging.CODE_W, keep=keep, update=update, nxe=nxe)
+        marks = Marks(self) if update else None
+        made = self.resolve(addresses, kind, verdicts, nxe=nxe, keep=keep, marks=marks)
+        if marks is not None:
+            marks.set()
         fault = made.verdict >= 0
         return Walk(fault, made.verdict.view(np.uint8) * fault, made.level, made.physical, made.entries)
 
@@ -328,53 +329,36 @@ class PageTable:
         kind: ArrayLike,
         verdicts: NDArray[np.int8],
         *,
-        dirties: int,
-        keep: bool,
-        update: bool,
         nxe: bool = True,
+        keep: bool = True,
+        marks: Marks | None = None,
     ) -> Resolved:
-        """Walk by a decision table, what :meth:`walk` and the nested formats have in common.
+        """Walk by a decision table: what :meth:`walk` and the nested formats have in common.
 
         Args:
             addresses: ``# (access,)``.
-            kind: the access's bits in the index of ``verdicts``, one for all or ``# (access,)``.
-            verdicts: what each of 256 combinations comes to, negative where the access goes through: the access's
-                bits, 1 if fetches are denied, 8 if the entry is malformed, 32 times the low three ANDed bits.
-            dirties: the bit of ``kind`` that sets D.
-            keep: also return every entry that was read.
-            update: set A and D.
+            kind: each access's bits in the index of ``verdicts``, one for all or ``# (access,)``; WRITES dirties.
+            verdicts: what 256 combinations come to, negative where the access goes through: the access's bits, 1 if
+                fetches are denied, 8 if the last entry is malformed, 32 times the low three bits of all entries ANDed.
             nxe: EFER.NXE.
+            keep: also return every entry that was read.
+            marks: where to note the entries that get A and D.
         """
         address = as_words(addresses, "addresses").ravel()
         kind = np.broadcast_to(np.asarray(kind, dtype=np.uint8), address.shape)
+        entries = np.empty((self.fmt.levels, address.size if keep else min(BLOCK, address.size)), dtype=np.uint64)
         out = Resolved(
-            np.empty(address.size, dtype=np.int8),
-            np.empty(address.size, dtype=np.uint8),
-            np.empty(address.size, dtype=np.uint64),
-            np.empty((self.fmt.levels, address.size), dtype=np.uint64).T if keep else None,
+            *(np.empty(address.size, dtype=dtype) for dtype in (np.int8, np.uint8, np.uint64)),
+            entries.T if keep else None,
         )
-        usual = [self._usual(level, nxe) for level in range(self.fmt.levels, 0, -1)]
-        accessed, dirty = (np.zeros(self.words.size, dtype=np.bool) for _ in range(2))  # (entry,): which get A, which D
-        spare = np.empty((self.fmt.levels, min(BLOCK, address.size)), dtype=np.uint64)
         for start in range(0, address.size, BLOCK):
-            part = slice(start, start + BLOCK)
-            here, does = address[part], kind[part]
-            path = self._descend(
-                here, usual, nxe, spare[:, : here.size] if out.entries is None else out.entries[part].T
-            )
-            index = path.anded.astype(np.uint8) * np.uint8(32)
-            index |= does
-            if self.fmt.nx:
-                index |= (path.ored.view(np.int64) < 0).view(np.uint8)  # NX is the sign
-            index |= path.malformed.view(np.uint8) * np.uint8(8)
-            verdict = np.frombuffer(index.tobytes().translate(verdicts.tobytes()), dtype=np.int8)
-            through = verdict < 0
-            out.verdict[part], out.level[part] = verdict, path.level
+            part = slice(start, min(start + BLOCK, address.size))
+            path = self.descend(address[part], nxe, entries[:, part] if keep else entries[:, : part.stop - start])
+            out.verdict[part], out.level[part] = path.judge(kind[part], verdicts, self.fmt.nx), path.level
+            through = out.verdict[part] < 0
             np.multiply(path.physical, through, out=out.physical[part])
-            if update:
-                self._mark(path, through, does & np.uint8(dirties) != 0, accessed, dirty)
-        self.words[accessed] |= np.uint64(self.fmt.accessed)
-        self.words[dirty] |= np.uint64(self.fmt.dirty)
+            if marks is not None:
+                marks.note(path, through, kind[part] & WRITES != 0)
         return out
 
     def _usual(self, level: int, nxe: bool) -> tuple[np.uint64, np.uint64]:
@@ -387,7 +371,7 @@ class PageTable:
             mask, value = mask | 7 << 3, value | 6 << 3  # write-back
         return np.uint64(mask), np.uint64(value)
 
-    def _descend(self, address: Words, usual: list[tuple[np.uint64, np.uint64]], nxe: bool, entries: Words) -> _Path:
+    def descend(self, address: Words, nxe: bool, entries: Words) -> Path:
         """Go down with one block of addresses, and fill ``entries`` ``# (level, access)``.
 
         All walks go on to level 1. Those that end above it are rare, or else the table is small: what is known of
@@ -397,13 +381,13 @@ class PageTable:
         anded, ored = np.full(address.size, ~np.uint64(0), dtype=np.uint64), np.zeros(address.size, dtype=np.uint64)
         ended, aside = np.zeros(address.size, dtype=np.bool), []
         slots, slot = [], fmt.index(address, fmt.levels).view(np.int64)
-        for step, (mask, value) in enumerate(usual):
-            level, entry = fmt.levels - step, entries[step]
+        for entry, level in zip(entries, range(fmt.levels, 0, -1), strict=True):
             self.words.take(slot, out=entry, mode="clip")  # a walk that has ended may point anywhere
             slots.append(slot)
             if level not in fmt.plain:
                 anded &= entry
                 ored |= entry
+            mask, value = self._usual(level, nxe)
             at = np.flatnonzero(entry & mask != value)
             if at.size:
                 at = at[~ended[at]]
@@ -421,26 +405,48 @@ class PageTable:
             inside = np.uint64((1 << fmt.shift(level)) - 1)
             physical[at] = (entries[-level, at] & PFN & ~inside) | (address[at] & inside)
             entries[fmt.levels - level + 1 :, at] = 0
-        return _Path(anded, ored, bad, reached, physical, slots)
-
-    def _mark(self, path: _Path, through: Bools, writes: Bools, accessed: Bools, dirty: Bools) -> None:
-        """Note the entries in which the walks of one block set A and D."""
-        fresh = np.flatnonzero(through & (path.anded & np.uint64(self.fmt.accessed) == 0))  # some entry lacks A
-        writes = np.flatnonzero(through & writes)
-        for step, slot in enumerate(path.slots):
-            level = self.fmt.levels - step
-            if level not in self.fmt.plain:
-                accessed[slot[fresh[path.level[fresh] <= level]]] = True
-            if level == 1 or level in self.fmt.large:
-                dirty[slot[writes[path.level[writes] == level]]] = True
+        return Path(anded, ored, bad, reached, physical, slots)
 
 
-class _Path(NamedTuple):
-    """One block's way down; arrays ``# (access,)``."""
+class Path(NamedTuple):
+    """One block's way down a table; arrays ``# (access,)``."""
 
     anded: Words  # all entries on the way; 0 where the last one is not present
     ored: Words
     malformed: Bools
-    level: NDArray[np.uint8]
-    physical: Words
-    slots: list[Ints]  # of the entry at each level, root first
+    level: NDArray[np.uint8]  # of the last entry read
+    physical: Words  # what that entry translates to
+    slots: list[Ints]  # of the entry at each level, root first; below ``level`` they mean nothing
+
+    def judge(self, kind: NDArray[np.uint8], verdicts: NDArray[np.int8], nx: bool) -> NDArray[np.int8]:
+        """Look up what each access comes to; ``nx``: the format has an NX bit."""
+        index = self.anded.astype(np.uint8) * np.uint8(32)
+        index |= kind
+        if nx:
+            index |= (self.ored.view(np.int64) < 0).view(np.uint8)  # NX is the sign
+        index |= self.malformed.view(np.uint8) * np.uint8(8)
+        return np.frombuffer(index.tobytes().translate(verdicts.tobytes()), dtype=np.int8)
+
+
+class Marks:
+    """Which entries of a table are to get A, and which D: noted block by block, then set at once."""
+
+    def __init__(self, table: PageTable) -> None:
+        self.table = table
+        self.accessed, self.dirty = (np.zeros(table.words.size, dtype=np.bool) for _ in range(2))  # (entry,)
+
+    def note(self, path: Path, through: Bools, writes: Bools) -> None:
+        """Note the entries that the walks of one block used, where they went ``through``."""
+        fmt = self.table.fmt
+        fresh = np.flatnonzero(through & (path.anded & np.uint64(fmt.accessed) == 0))  # some entry on the way lacks A
+        writes = np.flatnonzero(through & writes)
+        for slot, level in zip(path.slots, range(fmt.levels, 0, -1), strict=True):
+            if level not in fmt.plain:
+                self.accessed[slot[fresh[path.level[fresh] <= level]]] = True
+            if level == 1 or level in fmt.large:
+                self.dirty[slot[writes[path.level[writes] == level]]] = True
+
+    def set(self) -> None:
+        """Set what was noted."""
+        self.table.words[self.accessed] |= np.uint64(self.table.fmt.accessed)
+        self.table.words[self.dirty] |= np.uint64(self.table.fmt.dirty)

@@ -197,9 +197,10 @@ class Guest:
         start = 0
         while start < count:
             stop, walks = self._segment(cpu, accesses, start, count)
-            stop = self._ring_room(cpu, accesses, walks, start, stop)
             part, walks = accesses.take(slice(start, stop)), walks.take(slice(stop - start))
-            settled = self.shadow.settle(cpu, part) if self._shadowed(cpu) else self._settle(cpu, part, walks)
+            room = self._ring_room(cpu, part, walks)
+            part, walks, stop = part.take(slice(room)), walks.take(slice(room)), start + room
+            settled = self.shadow.settle(cpu, part, walks) if self._shadowed(cpu) else self._settle(cpu, part, walks)
             self._log(cpu)
             settled.faults["access"] += start
             parts.append(settled.faults)
@@ -237,22 +238,23 @@ class Guest:
         stop = 1 if ordering[0] else int(first[0]) if first.size else part.gva.size
         return start + stop, walks
 
-    def _ring_room(self, cpu: VCPU, accesses: Stream, walks: Walk, start: int, stop: int) -> int:
-        """With a dirty ring: end the segment before it could fill, or let one access alone fill it."""
+    def _ring_room(self, cpu: VCPU, part: Stream, walks: Walk) -> int:
+        """How many accesses can be made before a dirty ring could fill; one at least, which may fill it."""
+        count = part.gva.size
         if not self.memory.ring_size:
-            return stop
-        ring, part = self.memory.ring(cpu.number), accesses.take(slice(start, stop))
+            return count
+        ring = self.memory.ring(cpu.number)
         if self._shadowed(cpu):
             pushes = self.shadow.faults_now(cpu, part) * (
                 1 + walks.entry_gpa.shape[1]
             )  # the page, and A and D in tables
         else:
             touches = self._touches(part, walks)
-            denied = self.direct.faults_now(touches) & self.memory.property_of(touches.slot, "logged").astype(np.bool)
+            denied = self.direct.may_fault(touches) & self.memory.property_of(touches.slot, "logged").astype(np.bool)
             _, first = np.unique(np.where(denied, touches.index, np.int64(-1)), return_index=True)
-            pushes = np.bincount(touches.access[first[denied[first]]], minlength=part.gva.size)
-        safe = int(np.searchsorted(np.cumsum(pushes), ring.limit - ring.used))  # accesses that cannot fill the ring
-        return start + max(safe, 1) if safe < part.gva.size else stop
+            pushes = np.bincount(touches.access[first[denied[first]]], minlength=count)
+        safe = int(np.searchsorted(np.cumsum(pushes), ring.limit - ring.used))
+        return max(safe, 1)
 
     def _shadowed(self, cpu: VCPU) -> bool:
         return cpu.format is not None and not self.kernel.nested_paging
@@ -345,7 +347,8 @@ class Guest:
         access = int(np.flatnonzero(settled.fault)[0])
         gva, write = zip(*self.delivery, strict=True)
         path = stream(np.where(write, WRITE, READ), np.array(gva, dtype=np.uint64))
-        more = self.shadow.settle(cpu, path) if self._shadowed(cpu) else self._settle(cpu, path, self._walk(cpu, path))
+        walks = self._walk(cpu, path)
+        more = self.shadow.settle(cpu, path, walks) if self._shadowed(cpu) else self._settle(cpu, path, walks)
         self._log(cpu)
         result.reinjected += [(start + access, int(settled.code[access]))] * len(more.faults)
         more.faults["access"] = start + access

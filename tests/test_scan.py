@@ -82,7 +82,17 @@ def test_a_failed_match_says_what_was_expected_where():
     text = Text(b"vcpu 1 rap 0x1\nvcpu x\nvcpu 1 rip 0x10000000000000000\n")
     match = form.match(text, text.starts)
     assert [form.expectations[i] for i in match.expected] == ["'rip'", "a number (vcpu)", "rip within 64 bits"]
-    assert (match.failed_at - text.starts).tolist() == [7, 5, 13]
+    assert (match.missed_at - text.starts).tolist() == [7, 5, 13]
+
+
+def test_the_furthest_failure_is_named():
+    """Where an option got further into a line than what stands behind it, its failure is the one that is told."""
+    form = Format("vcpu {vcpu:d}[, rip {rip:x}][ info {info:x}]")
+    text = Text(b"vcpu 1, rip z\nvcpu 1 info z\nvcpu 1 more\n")
+    match = form.match(text, text.starts)
+    expected = ["a hexadecimal number (rip)", "a hexadecimal number (info)", "the end of the line"]
+    assert [form.expectations[i] for i in match.expected] == expected
+    assert (match.missed_at - text.starts).tolist() == [12, 12, 7]
 
 
 def test_texts_are_padded_with_newlines():

@@ -23,7 +23,7 @@ VIEW = "application/vnd.jupyter.widget-view+json"
 def execute(path):
     """Run one chapter in its own folder and store its normalised outputs."""
     notebook = nbformat.read(path, 4)
-    options = {"timeout": 120, "kernel_name": "python3", "record_timing": False}
+    options = {"timeout": 120, "kernel_name": "python3", "record_timing": False, "coalesce_streams": True}
     NotebookClient(notebook, resources={"metadata": {"path": str(path.parent)}}, **options).execute()
     _fetch(notebook)
     notebook.metadata = {
@@ -88,6 +88,7 @@ def main(command, *paths):
             notebook = jupytext.read(path)
             for cell in notebook.cells:
                 cell.metadata.get("mystnb", {}).pop("image", None)  # `run` computes it
+            notebook.metadata["jupytext"] = {"notebook_metadata_filter": "kernelspec,jupytext,myst"}
             jupytext.write(notebook, text, fmt="md:myst")
             print(text)
         elif command == "fold":

@@ -5,8 +5,24 @@ which shows it; :mod:`mmu.widgets.player` is what they share.
 """
 
 from mmu.widgets.codes import CodePlayer
+from mmu.widgets.fault import FaultPlayer
+from mmu.widgets.idfield import IdFieldPlayer
 from mmu.widgets.player import Player, bundle, style
 from mmu.widgets.question import Question
-from mmu.widgets.race import RacePlayer
+from mmu.widgets.race import RacePlayer, counterexample
+from mmu.widgets.spte import SptePlayer
+from mmu.widgets.walk import WalkPlayer
 
-__all__ = ["CodePlayer", "Player", "Question", "RacePlayer", "bundle", "style"]
+__all__ = [
+    "CodePlayer",
+    "FaultPlayer",
+    "IdFieldPlayer",
+    "Player",
+    "Question",
+    "RacePlayer",
+    "SptePlayer",
+    "WalkPlayer",
+    "bundle",
+    "counterexample",
+    "style",
+]

@@ -136,6 +136,7 @@ function render({ model, el }) {
     h("span", { class: "mmu-told" }, h("span", { class: "mmu-who" }, `vCPU ${move.actor} `), move.say));
 
   const draw = (note) => {
+    const inside = el.contains(document.activeElement);
     const state = now(), before = at > 1 ? line[at - 2].to : 0, bad = won(), dead = winnable && !bad && left[state] < 0;
     const options = movesOf(state), seen = values(state), old = values(before);
     wordBox.replaceChildren(...game.words.map(({ name, parts }) => h("span", { class: "mmu-word" }, parts.map(([full]) =>
@@ -148,11 +149,11 @@ function render({ model, el }) {
       knows.textContent = known ? `remembers ${known}` : "";
       buffer.replaceChildren(...(game.memory === "TSO" ? ["store buffer: ", waiting.length ? waiting.map((entry) => h("span", { class: "mmu-entry" }, entry)) : "empty"].flat() : []));
       const steps = mine.filter((move) => move.kind !== "drain"), drain = mine.find((move) => move.kind === "drain");
-      const labels = steps.length > 1 ? steps.map((move) => [`${move.code}: ${move.say}`, move]) : [[`Step ${a}`, steps[0]]];
+      const labels = steps.length > 1 ? steps.map((move) => [`${move.code} ${game.paths[a][move.code.split(".")[1] ?? 0]}`, move]) : [[`Step ${a}`, steps[0]]];
       if (game.memory === "TSO") labels.push([`Drain ${a}`, drain]);
       box.replaceChildren(...labels.map(([label, move]) => button(label, () => move && take(move), { disabled: !move })));
       card.dataset.done = end ? "yes" : "no";
-      if (focused >= 0) (box.children[focused]?.disabled === false ? box.children[focused] : again).focus();
+      if (focused >= 0) box.children[focused]?.focus();
     });
     let holds = null;
     lanes.replaceChildren(...line.slice(0, at).map((move, i) => {
@@ -181,6 +182,8 @@ function render({ model, el }) {
     proof.textContent = walked;
     link.href = `#race-${game.name}=${line.slice(0, at).map((move) => move.code).join(",")}`;
     link.hidden = !at;
+    const focus = document.activeElement; // keys must go on working when the button that had the focus went away
+    if (inside && (!el.contains(focus) || focus.hidden || focus.disabled)) el.focus({ preventScroll: true });
   };
 
   // A link that replays a schedule: #race-NAME=0,0,1d
@@ -196,7 +199,7 @@ function render({ model, el }) {
     h("p", { class: "mmu-title" }, h("strong", {}, game.title), ` · ${game.memory}, ${many(shared.length, "state")}. OOPS when `, h("code", {}, game.invariant)),
     wordBox, h("div", { class: "mmu-actors" }, cards.map(({ card }) => card)), spoken, lanes,
     h("div", { class: "mmu-controls" }, undo, forward, again, stepBack, best, all, link,
-      h("span", { class: "mmu-keys" }, `Keys: ${actors.map((_, a) => a).join(" ")} step that vCPU`
+      h("span", { class: "mmu-keys" }, `Click or Tab here, then: ${actors.map((_, a) => a).join(" ")} step that vCPU`
         + (game.memory === "TSO" ? `, ${["Q", "W", "E"].slice(0, actors.length).join(" ")} (or Shift and the digit) drain its buffer` : "")
         + ", U or ← undo, → redo, R reset")),
     proof);

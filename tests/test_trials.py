@@ -1,4 +1,4 @@
-"""mmu.published: the means that the facts give, and exact tests against plain enumeration."""
+"""mmu.trials: the means that the facts give, and exact tests against plain enumeration."""
 
 from itertools import permutations, product
 
@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmu import published
-from mmu.published import Comparison, paired, permutation, seed, stratified
+from mmu import trials
+from mmu.trials import Comparison, paired, permutation, seed, stratified
 
 MEANS = [
     ("migrate total", "EPT", 291.0, 275.0, -5.5),
@@ -46,7 +46,7 @@ def test_total_is_the_sum_up_to_overhead():
 
 def test_published_times_per_fault():
     """64 vCPUs take 13.5 us a page under the lock and 1.19 us without, as the facts derive."""
-    slow, fast = (published.PER_FAULT[name][0] for name in ("under the lock, 2021", "fast path, 2021"))
+    slow, fast = (trials.PER_FAULT[name][0] for name in ("under the lock, 2021", "fast path, 2021"))
     assert (slow.microseconds, fast.microseconds) == pytest.approx((13.5, 1.19), rel=0.002)
 
 

@@ -1,0 +1,62 @@
+"""The player of the id field: put a number into an spte and see what it eats (chapter 10)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mmu import spte
+from mmu.widgets.player import Player
+
+WIDEST = 12
+
+
+class IdFieldPlayer(Player):
+    """Move and widen the field of a vCPU's id inside an EPT spte of 2012, and see what it runs into. Chapter 10.
+
+    Args:
+        low: the field's lowest bit at the start.
+        width: how many bits it has at the start, 1 to 12.
+    """
+
+    module = "idfield"
+
+    def __init__(self, low: int = 50, width: int = 4) -> None:
+        form = spte.LAYOUTS["2012-ept"]
+        fields = {name: field for name, field in form.bits.items() if name != "ID"}
+        cells = [""] * 64
+        for name, field in fields.items():
+            cells[field.low : field.low + field.width] = [name] * field.width
+        if not 1 <= width <= WIDEST or not 0 <= low <= 64 - width:
+            raise ValueError(f"{width} bits from bit {low} up; expected 1 to {WIDEST} bits inside the 64 of an spte")
+        super().__init__(
+            alt="The 64 bits of an EPT spte of 2012 and in them a field for a vCPU's id that you move and widen; "
+            f"under them, which fields it overlaps and how many ids it has. It starts with {width} bits from bit {low} up.",
+            data={
+                "cells": cells,
+                "states": [[self._state(lowest, wide) for lowest in range(65 - wide)] for wide in range(1, WIDEST + 1)],
+                "mmio": [bit for bit in range(64) if form.mmio_mask >> bit & 1],
+                "start": [low, width],
+            },
+        )
+
+    @staticmethod
+    def _state(low: int, width: int) -> list[str]:
+        """A verdict's sign and its words for the field of ``width`` bits from ``low`` up."""
+        form = spte.LAYOUTS["2012-ept"]
+        own = ((1 << width) - 1) << low
+        eaten = [name for name, field in form.bits.items() if name != "ID" and field.mask & own]
+        bits = f"bits {low} to {low + width - 1}" if width > 1 else f"bit {low}"
+        if eaten:
+            return ["×", f"{width} wide, {bits}: overlaps {', '.join(eaten)}. A mark would change what the entry says."]
+        ids = np.arange(1, 1 << width, dtype=np.uint64)  # (id,) 0 is nobody
+        leaf = np.uint64(sum(form.bits[name].mask for name in ("R", "W", "X")))
+        mmio = ids[spte.is_mmio(leaf | ids << np.uint64(low), form)]
+        usable = len(ids) - len(mmio)
+        said = f"{width} wide, {bits}: {usable:,} {'id' if usable == 1 else 'ids'}"
+        if mmio.size:
+            first = f"{int(mmio[0])}" if mmio.size == 1 else f"{int(mmio[0])} and {len(mmio) - 1} more"
+            return [
+                "!",
+                f"{said}. Id {first} cannot be used: on a writable, executable page the entry would read as MMIO.",
+            ]
+        return ["✓", f"{said}, 1 to {usable:,}, and 0 for nobody."]

@@ -1,0 +1,265 @@
+"""The race games on the built pages: won, lost and walked to the end by keyboard, always as the package says."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+
+import pytest
+from playwright.sync_api import expect
+
+from mmu import protocols
+from mmu.board import board
+from mmu.program import Program, edit
+from mmu.widgets import IdFieldPlayer
+
+from .conftest import SITE
+from .test_pages import PAGES
+
+FLAGS = """
+word flag0
+word flag1
+word in0
+word in1
+left:
+    A0  flag0 = 1
+    A1  if flag1: done
+    A2  mark in0 = 1
+right:
+    B0  flag1 = 1
+    B1  if flag0: done
+    B2  mark in1 = 1
+oops: in0 and in1
+"""
+PLAN = edit(
+    protocols.SEED_2012,
+    {"F1": None, "F2": None, "F4": "cmpxchg spte: (w=0) -> (w=1)", "W3": "if not spte.w: W5", "W4": "xchg spte: (w=0)"},
+).replace("w, id(vcpu)", "w")
+THREE = [["fault"], ["protect"], ["fault"]]
+THEN = (
+    protocols.SEED_2012
+    + """
+protect_then_fault:
+    W0  take lock
+    W1  wp = 1
+    W2  smp_mb
+    W3  if not (spte.w or spte.id): W5
+    W4  xchg spte: (w=0, id=0)
+    W5  release lock
+    F0  if spte.w: done
+    F1  spte.id = me
+"""
+)
+WON = {  # name: page, program, memory
+    "flags-tso": ("06-store-buffers", Program(FLAGS, [["left"], ["right"]]), "TSO"),
+    "no-fault-mb": ("06-store-buffers", protocols.program("one-shot", "no-fault-mb", 2), "TSO"),
+    "no-id": ("07-cmpxchg", Program(PLAN, [["fault"], ["protect"]]), "SC"),
+    "w-only": ("08-identification", protocols.program("one-shot", "protector-w-only", 2), "SC"),
+    "zap-rmw": ("08-identification", protocols.program("zap", "rmw-id", 2), "SC"),
+    "flush-read": ("08-identification", protocols.program("flush", "seed", 2), "SC"),
+    "shared-id": ("09-unique-ids", Program(protocols.SEED_2012, THREE, marks=[1, 1, 1]), "SC"),
+    "two-suffice": ("09-unique-ids", Program(THEN, [["fault"], ["protect_then_fault"]], marks=[1, 1]), "SC"),
+    "gfn-aba": ("09-unique-ids", protocols.program("gfn-aba", "seed", 2), "SC"),
+    "wrapped": ("10-what-ids-cost", protocols.program("one-shot", "wrapped-id", 3), "SC"),
+}
+NEVER = {
+    "flags-sc": ("06-store-buffers", Program(FLAGS, [["left"], ["right"]]), "SC"),
+    "seed": ("08-identification", protocols.program("one-shot", "seed", 3), "TSO"),
+    "unique-id": ("09-unique-ids", Program(protocols.SEED_2012, THREE), "SC"),
+    "merged": ("10-what-ids-cost", protocols.program("merged", "seed", 2), "TSO"),
+}
+DRAIN = "qwe"
+
+
+class Game:
+    """One race player on an open page, and what the package knows about it."""
+
+    def __init__(self, visit, name, width=1200, fragment=""):
+        page_name, program, memory = {**WON, **NEVER}[name]
+        self.board = board(program, memory)
+        self.page = visit(width=width).open(f"book/{page_name}.html")
+        if fragment:
+            self.page.evaluate("fragment => { location.hash = fragment }", fragment)
+        for twin in self.page.locator('.mmu-player[data-player="race"]').all():
+            if json.loads(twin.locator("script").text_content())["name"] == name:
+                self.el = twin
+        self.root = self.el.locator(".mmu-race")
+        self.state = self.el.locator(".mmu-state")
+        self.root.focus()
+
+    def press(self, code, shift=False):
+        actor = code[0]
+        drained = f"Shift+Digit{actor}" if shift else DRAIN[int(actor)]
+        self.page.keyboard.press(drained if code.endswith("d") else actor)
+
+    def shown(self, path):
+        """What the player must say after these moves, up to the words about the end."""
+        state = self.board.states[path[-1].target if path else 0]
+        told = f"Move {len(path)}. vCPU {path[-1].actor}: {path[-1].text}." if path else "At the start."
+        return f"{told} {self.board.machine.show(state)}."
+
+    def expect(self, path):
+        expect(self.state).to_contain_text(self.shown(path))
+
+
+@pytest.mark.parametrize("name", WON)
+def test_each_level_is_won_by_its_shortest_schedule(visit, name):
+    """The package's shortest schedule, pressed key by key, ends in OOPS; only then is the shortest way named."""
+    game = Game(visit, name, width=390)
+    path = game.board.shortest()
+    for number, move in enumerate(path, 1):
+        expect(game.state).not_to_contain_text("OOPS")
+        expect(game.state).not_to_contain_text("short")
+        game.press(move.code, shift=number % 2 == 0)
+        game.expect(path[:number])
+    expect(game.state).to_contain_text(f"You needed {len(path)} moves; there is no shorter way.")
+    assert game.state.get_attribute("data-ended") == "oops"
+    game.page.keyboard.press("0")  # a won game stands still
+    expect(game.state).to_contain_text("OOPS")
+    game.page.keyboard.press("u")
+    game.expect(path[:-1])
+    game.page.keyboard.press("ArrowRight")
+    game.expect(path)
+    game.page.keyboard.press("r")
+    game.expect([])
+
+
+@pytest.mark.parametrize("name", [*WON, *NEVER])
+def test_any_keys_show_the_packages_state(visit, name):
+    """After any keys, possible or not, the player shows the package's move, shared words and dead end."""
+    game = Game(visit, name)
+    rng = random.Random(name)
+    actors = len(game.board.machine.actors)
+    path = []
+    for _ in range(30):
+        code = rng.choice([f"{actor}{drain}" for actor in range(actors) for drain in ("", "", "d")] + ["u"])
+        here = path[-1].target if path else 0
+        if code == "u":
+            game.page.keyboard.press("u")
+            path = path[:-1]
+            game.expect(path)
+            continue
+        game.press(code)
+        move = next((move for move in game.board.moves[here] if move.code == code), None)
+        if move and not any(game.board.oops[done.target] for done in path):
+            path.append(move)
+            game.expect(path)
+        here = path[-1].target if path else 0
+        expect(game.state).to_contain_text(game.board.machine.show(game.board.states[here]))
+        dead = name in WON and game.board.left[here] < 0 and bool(game.board.moves[here])
+        expect(game.el.get_by_role("button", name="Step back")).to_be_visible(
+            visible=name in WON and game.board.left[here] < 0
+        )
+        assert ("From here OOPS can no longer happen" in game.state.text_content()) == dead
+        if dead and rng.random() < 0.5:
+            game.el.get_by_role("button", name="Step back").click()
+            while path and game.board.left[path[-1].target] < 0:
+                path.pop()
+            game.expect(path)
+
+
+@pytest.mark.parametrize("name", NEVER)
+def test_the_page_walks_an_unwinnable_level(visit, name):
+    """The browser visits as many states by as many moves as the package counts, and finds OOPS in none."""
+    game = Game(visit, name)
+    game.el.get_by_role("button", name="Let my browser walk every state").click()
+    moves = sum(map(len, game.board.moves))
+    expect(game.el.locator(".mmu-proof")).to_have_text(
+        f"Your browser has visited {len(game.board.states):,} states by {moves:,} moves and found OOPS in none of "
+        "them. No schedule breaks this protocol."
+    )
+
+
+def test_the_walk_judges_by_itself(visit):
+    """On a level that was won the browser's own walk finds as many broken states as the package."""
+    game = Game(visit, "shared-id")
+    for move in game.board.shortest():
+        game.press(move.code)
+    game.el.get_by_role("button", name="Let my browser walk every state").click()
+    bad = int(game.board.oops.sum())
+    expect(game.el.locator(".mmu-proof")).to_contain_text(f"{len(game.board.states)} states by")
+    expect(game.el.locator(".mmu-proof")).to_contain_text(f"found OOPS in {bad} of them.")
+
+
+def test_a_longer_win_is_shown_the_shortest(visit):
+    """Who wins in more moves than needed is told how many are needed, and can have them played."""
+    game = Game(visit, "shared-id")
+    least = len(game.board.shortest())
+    here, path = 0, []
+    while not game.board.oops[here]:  # the longest detour that still wins
+        options = [move for move in game.board.moves[here] if game.board.left[move.target] >= 0]
+        move = max(options, key=lambda move: game.board.left[move.target])
+        path.append(move)
+        here = move.target
+        game.press(move.code)
+    assert len(path) > least
+    expect(game.state).to_contain_text(f"You needed {len(path)} moves; the shortest way takes {least}.")
+    game.el.get_by_role("button", name="Play the shortest").click()
+    for _ in range(least):
+        game.page.keyboard.press("ArrowRight")
+    game.expect(game.board.shortest())
+
+
+@pytest.mark.parametrize(("name", "code"), [("shared-id", "0,0,0,0,1,1"), ("no-fault-mb", "0,0,0,1,1,1d")])
+def test_a_link_replays_a_schedule(visit, name, code):
+    """A link with a schedule shows the state that the schedule leads to, and the game offers the same link."""
+    game = Game(visit, name, fragment=f"#race-{name}={code}")
+    path = game.board.play(code)
+    game.expect(path)
+    assert game.el.locator(".mmu-link").get_attribute("href") == f"#race-{name}={code}"
+
+
+def test_every_counterexample_of_the_gallery_replays(visit):
+    """In the gallery the right arrow key plays each counterexample to its OOPS, and each has a link that replays it."""
+    page = visit().open("book/gallery.html")
+    players = page.locator('.mmu-player[data-player="race"]').all()
+    links = page.locator(".mmu-index a").evaluate_all("links => links.map(link => link.getAttribute('href'))")
+    assert len(players) == len(links) > 20
+    for player, link in zip(players, links, strict=True):
+        data = json.loads(player.locator("script").text_content())
+        assert link == f"#race-{data['name']}={','.join(data['line'])}"
+        player.locator(".mmu-race").focus()
+        for _ in data["line"]:
+            page.keyboard.press("ArrowRight")
+        expect(player.locator(".mmu-state")).to_contain_text(f"Move {len(data['line'])}. ")
+        expect(player.locator(".mmu-state")).to_contain_text("OOPS")
+
+
+def test_a_gallery_link_opens_its_schedule(visit):
+    """A click on an entry of the gallery's index shows that counterexample at its end."""
+    page = visit().open("book/gallery.html")
+    page.locator(".mmu-index a", has_text=re.compile("^One mark for all$")).click()
+    shown = page.locator(".mmu-race", has_text="One mark for all · SC").first
+    expect(shown.locator(".mmu-state")).to_contain_text("Move 13. ")
+
+
+def test_names_are_unique():
+    """No two games of the book share a name, so a link means one game."""
+    pages = [(SITE / name).read_text(encoding="utf-8") for name in PAGES]
+    names = [name for page in pages for name in re.findall(r'"memory":"\w+","moves":.*?,"name":"([^"]+)"', page)]
+    assert len(names) > 30
+    assert len(names) == len(set(names))
+
+
+def test_id_field_player(visit):
+    """After any keys the id field's player says what the package makes of a field of that place and width."""
+    page = visit().open("book/10-what-ids-cost.html")
+    player = page.locator('.mmu-player[data-player="idfield"]').first
+    data = json.loads(player.locator("script").text_content())
+    low, width = data["start"]
+    player.locator("button").first.focus()
+    past = []
+    for key in random.Random(254).choices(["ArrowLeft"] * 3 + ["ArrowRight", "+", "ArrowUp", "-", "u", "r"], k=80):
+        page.keyboard.press(key)
+        if key == "u":
+            low, width = past.pop() if past else (low, width)
+        elif key == "r":
+            (low, width), past = data["start"], []
+        else:
+            wide = max(1, min(12, width + {"+": 1, "ArrowUp": 1, "-": -1}.get(key, 0)))
+            place = max(0, min(64 - wide, low + {"ArrowLeft": 1, "ArrowRight": -1}.get(key, 0)))
+            if (place, wide) != (low, width):
+                past.append((low, width))
+            low, width = place, wide
+        expect(player.locator(".mmu-state")).to_have_text(" ".join(IdFieldPlayer._state(low, width)))
