@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from mmu import cost, trials
-from mmu.picture import FAINT, FAST, INK, LOCK, OOPS, PAPER, VCPU, Picture, canvas
+from mmu.picture import FAINT, FAST, INK, LOCK, PAPER, Picture, canvas
 from mmu.trials import SEED, Comparison, permutation
 from mmu.workload import frame_buffer_pages
 
@@ -34,7 +34,14 @@ def seed_points(rows: Sequence[Comparison] = SEED) -> Picture:
                 axes.plot([was, now], [y, y], color=FAINT, linewidth=1)
                 axes.plot(was, y, marker="s", color=LOCK, markersize=7, linestyle="")
                 axes.plot(now, y, marker="o", color=FAST, markerfacecolor=PAPER, markeredgewidth=1.8, linestyle="")
-            axes.text(148, place, f"{-100 * row.gain:+.1f} %", ha="right", va="center", size=9)
+            axes.text(
+                148,
+                place,
+                f"{-100 * row.gain:+.1f} %".replace("-0.0", "0.0").replace("-", "−"),
+                ha="right",
+                va="center",
+                size=9,
+            )
         axes.plot([100, 100], [-0.6, len(rows) - 0.4], color=INK, linewidth=0.8, linestyle=":", zorder=0)
         axes.set_yticks(range(len(rows)), [f"{row.test}\n{row.mmu}" for row in rows], size=8)
         axes.set(xlim=(68, 149), ylim=(len(rows) - 0.4, -1.0), xlabel="time of a run, % of the mean before")
@@ -52,7 +59,7 @@ def seed_points(rows: Sequence[Comparison] = SEED) -> Picture:
 
 _LINES = {
     "lock": ("under the lock", LOCK, 3.0, "-"),
-    "parallel": ("lock for reading", VCPU[2], 1.6, "--"),
+    "parallel": ("lock for reading", INK, 1.6, "--"),
     "fast": ("fast path", FAST, 1.4, "-"),
     "guest": ("no fault", FAINT, 1.2, ":"),
 }
@@ -114,13 +121,13 @@ def explained(interval: float = 0.030, strides: Sequence[int] = (2000, 4096)) ->
         axes.text(27, np.sqrt(rates[0] * rates[-1]) / 1e3, "500 rows at each refresh", ha="right", va="center", size=9,
                   bbox=plate)  # fmt: skip
         axes.text(max(saved) * 1.06, 250, "saved a page,\nre-spins of 2012\n(1 GiB inferred)", size=8, va="center")
-        for mmu, colour, style in (("EPT", VCPU[0], "-"), ("soft MMU", VCPU[1], "--")):
+        for mmu, style, x in (("EPT", "-", 3.3), ("soft MMU", "--", 2.2)):
             gain = trials.seed("x11perf -comppixwin500", mmu).gain
             rate = cost.rate_to_explain(gain, span) / 1e3
-            axes.plot(span, rate, color=colour, linewidth=2, linestyle=style)
+            axes.plot(span, rate, color=INK, linewidth=2, linestyle=style)
             label = f"{mmu}: {100 * gain:.1f} % of the time"
-            axes.text(0.115, 1.25 * rate[0] if mmu == "EPT" else 430, label, color=colour, size=9, va="center",
-                      bbox=plate, ha="left")  # fmt: skip
+            y = 1.45 * float(cost.rate_to_explain(gain, x)) / 1e3
+            axes.text(x, y, label, size=9, va="center")
             low, high = (float(cost.saving_to_explain(gain, each)) for each in (max(rates), min(rates)))
             needed.append(f"{mmu} {low:.1f} to {high:.1f}")
         _log(axes, "x", [0.1, 0.3, 1, 3, 10, 30])
@@ -146,8 +153,8 @@ def deals(row: Comparison) -> Picture:
         rest = {"color": PAPER, "edgecolor": LOCK, "hatch": "////", "linewidth": 1}
         axes.bar(np.arange(order.size)[~as_good], order[~as_good], width=0.8, **rest)
         axes.axhline(0, color=INK, linewidth=0.8)
-        axes.axhline(seen, color=OOPS, linewidth=1, linestyle="--")
-        axes.text(order.size - 0.4, seen, f"as measured: {seen:+.1f} s", size=9, va="bottom", ha="right", color=OOPS)
+        axes.axhline(seen, color=INK, linewidth=1, linestyle="--")
+        axes.text(order.size - 0.4, seen, f"as measured: {seen:+.1f} s", size=9, va="bottom", ha="right", color=INK)
         axes.set(xlim=(-0.7, order.size - 0.3), ylabel="after − before, s", xlabel="all ways to deal the runs")
         axes.set_xticks([])
     return Picture(
