@@ -92,7 +92,7 @@ def state(
     if per_access:
         said += (
             f"under the lock {lock:.1f} million accesses a second, with the fast path {fast:.1f}, "
-            f"{fast / lock:.2f} times as many. One access in {1 / per_access:.1f} faults; "
+            f"{fast / lock:.2f} times as many. Of {1 / per_access:.1f} accesses one faults; "
             f"under the lock a vCPU waits for {100 * waiting:.0f} % of its time."
         )
     else:
