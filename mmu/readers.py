@@ -223,6 +223,11 @@ class Freeing:
         at = np.asarray(at, dtype=np.float64)
         return _before(self.unlinked, at) - _before(np.sort(self.freed, axis=-1), at)
 
+    def average(self, first: float, last: float) -> float:
+        """How many pages wait on average over the time from ``first`` to ``last`` ns and over all replicas."""
+        waited = np.clip(self.freed, first, last) - np.clip(self.unlinked, first, last)
+        return float(waited.sum() / (last - first) / len(waited))
+
 
 def requests(rng: np.random.Generator, replicas: int, pages: int, span: float) -> Floats:
     """When somebody wants a page gone: so many random times before ``span`` ns, in order ``# (replica, page)``."""
@@ -233,7 +238,7 @@ def deferred(walks: Walks, wanted: Floats, detect: float = 0.0, at_once: bool = 
     """Linux 3.4: unlink at once and never wait; if anybody reads, a callback frees the page after a grace period.
 
     One grace period runs at a time. It begins when a page needs one and none is under way, or when the last one ends;
-    it ends when all who were reading at its begin are out, ``detect`` ns later. It frees what was unlinked by its begin.
+    it ends when all who were reading at its begin are out, ``detect`` ns later. It frees what was unlinked before it.
 
     Args:
         walks: what the readers do.

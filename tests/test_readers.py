@@ -142,6 +142,9 @@ def test_pages_that_wait():
     both = zip(freeing.unlinked, freeing.freed, at, strict=True)
     expected = [[int(((row <= t) & (gone > t)).sum()) for t in times] for row, gone, times in both]
     assert freeing.waiting(at).tolist() == expected
+    assert freeing.average(2_000.0, 25_000.0) == pytest.approx(
+        np.mean([freeing.waiting(np.linspace(2_000.0, 25_000.0, 20_001)[None, :].repeat(4, axis=0))]), rel=1e-2
+    )
     batched = waited(walks, wanted, 300.0, 4)
     assert int(batched.waiting(at).max()) == 4
 
@@ -180,8 +183,7 @@ def test_little():
     middle = (wanted > 100_000.0) & (wanted < 400_000.0)
     assert np.isfinite(freeing.freed[middle]).all()
     each = (freeing.freed - freeing.unlinked)[middle].mean()
-    at = 100_000.0 + 300_000.0 * source.random((400, 200))
-    assert freeing.waiting(at).mean() == pytest.approx(each * 2_000 / 500_000.0, rel=0.03)
+    assert freeing.average(100_000.0, 400_000.0) == pytest.approx(each * 2_000 / 500_000.0, rel=0.03)
 
 
 def test_back_to_back_grace_periods():

@@ -7,6 +7,7 @@ which shows it; :mod:`mmu.widgets.player` is what they share.
 from mmu.widgets.codes import CodePlayer
 from mmu.widgets.fault import FaultPlayer
 from mmu.widgets.idfield import IdFieldPlayer
+from mmu.widgets.place import PlacePlayer
 from mmu.widgets.player import Player, bundle, style
 from mmu.widgets.question import Question
 from mmu.widgets.race import RacePlayer, counterexample
@@ -17,6 +18,7 @@ __all__ = [
     "CodePlayer",
     "FaultPlayer",
     "IdFieldPlayer",
+    "PlacePlayer",
     "Player",
     "Question",
     "RacePlayer",
