@@ -1,7 +1,8 @@
 """A program's whole state graph, small enough to be shown: the board of a race game, and every schedule of it.
 
 :mod:`mmu.explore` answers whether some interleaving breaks a protocol; a board keeps each state and each move with its
-words, so that a reader can walk there. Chapters 6 to 10 play on boards; the wall of chapter 9 is every path through one.
+words, so that a reader can walk there. Chapters 6 to 10 play on boards; the wall of chapter 9 is every path through
+one. What is here is for looking at, hence small, hence in plain Python but for the wall.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class ScheduleError(ValueError):
 
 @dataclass(frozen=True)
 class Move:
-    """One move on a board: who, its code in a schedule (``0``, ``1d``), its kind, in words, and the state it leads to."""
+    """One move: who, its code in a schedule (``0``, ``1d``), its kind, in words, and the state it leads to."""
 
     actor: int
     code: str
@@ -97,7 +98,11 @@ class Board:
         vcpus = len(self.machine.actors)
         where = f"{self.machine.memory}, {vcpus} vCPUs, {len(self.states):,} states"
         if self.machine.program.forever:
-            return f"Broken: OOPS after {self.left[0]} moves ({where})." if not self.safe else f"Safe: no OOPS anywhere ({where})."
+            return (
+                f"Safe: no OOPS anywhere ({where})."
+                if self.safe
+                else f"Broken: OOPS after {self.left[0]} moves ({where})."
+            )
         bad, total = self.count()
         if self.safe:
             return f"Safe: none of {total:,} schedules ends in OOPS ({where})."
@@ -250,7 +255,7 @@ def board(program: Program, memory: str = "TSO") -> Board:
     >>> text = "word w\\nset:\\n    S0  w = 1\\nsee:\\n    L0  if w: done\\n    L1  w = 0\\noops: w\\n"
     >>> game = board(Program(text, [["set"], ["see"]]), "SC")
     >>> len(game.states), [move.text for move in game.shortest()]
-    (6, ['S0 sets w = 1'])
+    (7, ['S0 sets w = 1'])
     """
     machine = Machine(program, memory)
     number = {machine.start: 0}
@@ -262,7 +267,7 @@ def board(program: Program, memory: str = "TSO") -> Board:
                 number[event.target] = len(states)
                 states.append(event.target)
         if len(states) > MAX_STATES:
-            raise ValueError(f"more than {MAX_STATES:,} states; search them with mmu.explore, a board is to be looked at")
+            raise ValueError(f"more than {MAX_STATES:,} states; search them with mmu.explore instead")
         moves.append(tuple(_moves(machine, state, events, number)))
     values = machine.unpack(np.array([state.shared for state in states], dtype=np.int64))
     for path in {name for paths in program.actors for name in paths}:
@@ -295,7 +300,10 @@ def _moves(machine: Machine, state: State, events: list[Event], number: dict[Sta
     for event in events:
         actor = event.actor
         before, after = (len(machine.actors[actor].locals[s.locals[actor]].buffer) for s in (state, event.target))
-        choice = sum(move.actor == actor and move.kind != "drain" for move in moves)
+        here = machine.actors[actor].locals[state.locals[actor]]
+        begins = [steps[0].label for steps in machine.program.paths[actor].values()] if not here.label else []
+        label = event.text.split()[0]
+        choice = begins.index(label) if label in begins else 0  # which of its paths the actor begins
         code = f"{actor}d" if event.kind == "flush" else f"{actor}.{choice}" if choice else f"{actor}"
         text = f"{event.text} (into its store buffer)" if after > before else event.text
         moves.append(Move(actor, code, kind_of(event), text, number[event.target]))

@@ -113,7 +113,7 @@ def _litmus(path: str, raw: bytes, **_: Any) -> Checked:
         except litmus.LitmusError:
             for number, test in enumerate(tests, 1):
                 try:
-                    litmus.program(test)
+                    litmus.validate(test)
                 except litmus.LitmusError as error:
                     bad[number] = str(error)
             verdicts = litmus.check({"tests": [test for number, test in enumerate(tests, 1) if number not in bad]})

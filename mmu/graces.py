@@ -96,7 +96,7 @@ def curves(panels: Mapping[str, Sequence[Curve]], x: str) -> Picture:
         for axes, (measure, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
             axes.set(xscale="log", yscale="log", xlabel=x, ylabel=measure)
             points = sorted({value for curve in lines for value in curve.x})
-            axes.set_xticks(points[:: max(1, -(-len(points) // 5))], minor=False)
+            axes.set_xticks(points[:: max(1, -(-len(points) // 4))], minor=False)
             axes.xaxis.set_minor_locator(NullLocator())
             for axis in (axes.xaxis, axes.yaxis):
                 axis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))

@@ -325,6 +325,11 @@ def run(tests: Sequence[Mapping[str, Any]], models: Sequence[str] = MODELS, max_
     return Answers(verdicts.reshape(shape), finals.reshape(shape), states.reshape(shape))
 
 
+def validate(test: Mapping[str, Any]) -> None:
+    """Raise :class:`LitmusError` where a test is not in the neutral form."""
+    _read(test)
+
+
 def program(test: Mapping[str, Any]) -> tuple[Program, Callable[[Any], NDArray[np.bool_]]]:
     """A test as a program, and the predicate on :class:`mmu.explore.States` that is true where its condition is met.
 

@@ -185,17 +185,6 @@ class Machine:
         assert outcome is not None
         return move.step.tell(seen, outcome)
 
-    def broken(self, state: State) -> bool:
-        """Whether a state breaks the program's invariant."""
-        here = [actor.locals[number] for actor, number in zip(self.actors, state.locals, strict=True)]
-        paths = self.program.actors
-        done = {
-            f"done({path})": all(local.label == DONE for local, mine in zip(here, paths, strict=True) if path in mine)
-            for path in {path for mine in paths for path in mine}
-        }
-        ended = any(local.label == OOPS for local in here)
-        return ended or bool(self.program.oops.value({**self.unpack(state.shared), **done}))
-
     def show(self, state: State) -> str:
         """The shared words of a state in words: ``spte(w=0, id=1) wp=0 lock=0``."""
         values = self.unpack(state.shared)

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmu import pfec, spte, trace
+from mmu import histories, pfec, spte, trace
 
 LAYOUTS = tuple(spte.LAYOUTS)
 
@@ -57,6 +57,7 @@ class Tally:
     pages: Counter[int] = field(default_factory=Counter)  # of the faulting address
     fast: dict[int, Counter[str]] = field(default_factory=dict)  # by vCPU
     signs: Counter[str] = field(default_factory=Counter)  # what tells the layout
+    sptes: histories.Histories = field(default_factory=histories.Histories)
     times: tuple[int, int] | None = None  # first and last, ns
     complete: bool = True
 
@@ -74,6 +75,7 @@ class Tally:
         self.pages.update(_count(faults["address"] >> np.uint64(12), faults["count"]))
         self._add_fast(piece["fast_page_fault"])
         self.signs.update(_signs(piece))
+        self.sptes.add(piece)
         for event in piece:
             stamps = piece[event]["ns"]
             stamps = stamps[stamps >= 0]
@@ -221,7 +223,8 @@ def report(source: trace.Source, layout: str | None = None) -> dict[str, Any]:
         ``lost`` (how many events the kernel said it lost; where it did not say how many, at least one), ``losses``
         (line, cpu, events), ``layout``, ``layout_reason``, ``mmu`` (``npt``, ``ept``, ``shadow`` or None), ``faults``,
         ``fast``, ``hottest`` (page number, faults; the first ten), ``hottest_of`` (``gfn``; ``gva page`` where the
-        fault address is a guest-virtual one, as under shadow paging), ``first`` and ``last`` (TIMESTAMP of the events
+        fault address is a guest-virtual one, as under shadow paging), ``sptes`` and ``sptes_cut`` (the busiest sptes
+        with their histories, :meth:`mmu.histories.Histories.answer`), ``first`` and ``last`` (TIMESTAMP of the events
         in seconds), ``complete``. vCPUs of lines that named none are ``"unknown"``.
 
     Raises:
@@ -276,6 +279,7 @@ def _answer(tally: Tally, layout: str | None) -> dict[str, Any]:
         },
         "hottest": [list(item) for item in sorted(tally.pages.items(), key=lambda item: (-item[1], item[0]))[:HOTTEST]],
         "hottest_of": "gva page" if virtual else "gfn",
+        **tally.sptes.answer(layout or inferred),
         "first": tally.times[0] / 10**9 if tally.times else None,
         "last": tally.times[1] / 10**9 if tally.times else None,
         "complete": tally.complete,
@@ -319,6 +323,7 @@ def text(found: dict[str, Any], path: str) -> str:
     if found["hottest"]:
         hottest = ", ".join(f"{gfn:#x} ({n:,})" for gfn, n in found["hottest"][:5])
         lines.append(f"  hottest    {found['hottest_of']} {hottest}")
+    lines += _sptes(found)
     ranked = sorted(found["events"].items(), key=lambda item: (-item[1], item[0]))
     lines.append("  events")
     half = (len(ranked) + 1) // 2
@@ -330,6 +335,25 @@ def text(found: dict[str, Any], path: str) -> str:
     lines += _more(found["unreadable"], 8, "lines")
     wrap = textwrap.TextWrapper(100, subsequent_indent=" " * 13, break_long_words=False, break_on_hyphens=False)
     return "\n".join(row if len(row) <= 100 else wrap.fill(row) for row in lines)
+
+
+def _sptes(found: dict[str, Any]) -> list[str]:
+    """The busiest three sptes, and the last three changes of each."""
+    cut = found["sptes_cut"]
+    if not cut["events"]:
+        return []
+    many = "at least " if cut["sptes"] is None else ""
+    lines = [
+        f"  sptes      {cut['events']:,} events on {many}{len(found['sptes']) + cut['not_listed']:,} sptes; the busiest"
+    ]
+    for one in found["sptes"][:3]:
+        lines.append(f"    {one['events']:>9,}  {histories.name(one)}")
+        for change in one["history"][-3:]:
+            values = f"{change['old'] or '?'} -> {change['new'] or '?'}"
+            lines.append(
+                f"               line {change['line']}: {values}  {change['changed'] or change['state'] or ''}".rstrip()
+            )
+    return lines
 
 
 def _by_vcpu(counts: dict[str, int]) -> str:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmu.explore import explore
-from mmu.litmus import LitmusError, check, program, run
+from mmu.litmus import LitmusError, check, program, run, validate
 from tests import interpreter
 
 RECORDED = json.loads(gzip.decompress((Path(__file__).parent / "data" / "x86-tso.json.gz").read_bytes()))
@@ -199,9 +199,10 @@ def test_initial_values():
 )
 def test_what_is_refused(test, message):
     """An unknown instruction, condition or shape is refused with the test's name, never guessed at."""
-    with pytest.raises(LitmusError, match="SB") as error:
-        run([test])
-    assert message in str(error.value)
+    for read in (validate, lambda test: run([SB, test])):
+        with pytest.raises(LitmusError, match="SB") as error:
+            read(test)
+        assert message in str(error.value)
 
 
 def test_check_refuses_what_holds_no_tests():
