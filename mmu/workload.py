@@ -79,7 +79,7 @@ class Workload:
     """A guest's shape, and what it does.
 
     Attributes:
-        name: as in :data:`WORKLOADS`.
+        name: as in ``WORKLOADS``.
         ram, frame_buffer: pages of the two slots; no frame buffer where that is 0.
         steps: given a generator and the guest's layout, yields steps; a :class:`Sync` is answered by its dirty pages.
         vcpus: how many vCPUs make accesses.
