@@ -1,4 +1,4 @@
-"""The pictures of races: schedules as lanes, the change between two protocols, outcome grids, the id field and its neighbours.
+"""The pictures of races: schedules as lanes, changes of protocols, outcome grids, the id field and its neighbours.
 
 They draw what a :class:`mmu.board.Board` or an spte's layout holds and count nothing but what their text states.
 """
@@ -36,8 +36,9 @@ def schedule(game: Board, moves: Sequence[Move], *, oops: str = "write-protected
     broken = None
     for move in moves:
         after = machine.unpack(game.states[move.target].shared)
-        changed = ", ".join(f"{name.removeprefix('spte.')}={value}" for name, value in after.items() if value != before[name])
-        text = move.text.replace(" (into its store buffer)", ", buffered")
+        new = {name.removeprefix("spte."): value for name, value in after.items() if value != before[name]}
+        changed = ", ".join(f"{name}={value}" for name, value in new.items())
+        text = move.text.removesuffix(" succeeds").replace(" (into its store buffer)", ", buffered")
         steps.append(Step(move.actor, text, _KIND.get(move.kind, "step"), changed))
         before = after
         if game.oops[move.target]:
@@ -99,6 +100,11 @@ class Diff:
             split.append(parts)
         return [(split[0].get(name, []), split[1].get(name, [])) for name in dict.fromkeys([*split[0], *split[1]])]
 
+    @staticmethod
+    def _said(when: str, verdict: str) -> str:
+        kind = "mmu-safe" if verdict.startswith("Safe") else "mmu-broken"
+        return f'<p class="{kind}">{when}: {html.escape(verdict)}</p>'
+
     def __repr__(self) -> str:
         return "\n".join([f"before: {self.was}", *self.lines(), f"after: {self.now}"])
 
@@ -108,8 +114,8 @@ class Diff:
             kind = {"-": "del", "+": "ins"}.get(line[0], "span")
             rows.append(f"<{kind}>{html.escape(line)}</{kind}>")
         page = (
-            f'<div class="mmu-diff"><p class="mmu-was">{html.escape(self.was)}</p><pre>{chr(10).join(rows)}</pre>'
-            f'<p class="mmu-now">{html.escape(self.now)}</p></div>'
+            f'<div class="mmu-diff">{self._said("before", self.was)}<pre>{chr(10).join(rows)}</pre>'
+            f"{self._said('after', self.now)}</div>"
         )
         return {"text/plain": repr(self), "text/html": page}, {}
 
@@ -122,7 +128,12 @@ class Index:
 
     def _rows(self) -> list[tuple[str, str, str, str]]:
         return [
-            (game.data["title"], game.data["memory"], f"{len(game.data['line'])}", f"#race-{game.data['name']}={','.join(game.data['line'])}")
+            (
+                game.data["title"],
+                game.data["memory"],
+                f"{len(game.data['line'])}",
+                f"#race-{game.data['name']}={','.join(game.data['line'])}",
+            )
             for game in self.games
         ]
 
@@ -131,7 +142,8 @@ class Index:
 
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, str], dict[str, str]]:
         rows = "".join(
-            f'<tr><th scope="row"><a href="{html.escape(link)}">{html.escape(title)}</a></th><td>{memory}</td><td>{steps}</td></tr>'
+            f'<tr><th scope="row"><a href="{html.escape(link)}">{html.escape(title)}</a></th>'
+            f"<td>{memory}</td><td>{steps}</td></tr>"
             for title, memory, steps, link in self._rows()
         )
         head = "".join(f'<th scope="col">{name}</th>' for name in ("counterexample", "memory", "moves"))
@@ -139,7 +151,9 @@ class Index:
         return {"text/plain": repr(self), "text/html": page}, {}
 
 
-def outcomes(panels: Mapping[str, Mapping[tuple[int, int], int]], names: tuple[str, str], bad: tuple[int, int]) -> Picture:
+def outcomes(
+    panels: Mapping[str, Mapping[tuple[int, int], int]], names: tuple[str, str], bad: tuple[int, int]
+) -> Picture:
     """How many schedules end with which pair of values, one column a setting; the bad pair framed. Chapter 6.
 
     >>> outcomes({"SC": {(0, 1): 1, (1, 0): 1}}, ("a", "b"), (0, 0)).alt
@@ -159,7 +173,9 @@ def outcomes(panels: Mapping[str, Mapping[tuple[int, int], int]], names: tuple[s
                 axes.add_patch(Rectangle((column + 0.04, row + 0.06), 0.92, 0.88, **box))
                 share = times / total
                 fill = OOPS if wrong else FAST
-                axes.add_patch(Rectangle((column + 0.07, row + 0.74), 0.86 * share, 0.12, facecolor=fill, edgecolor="none"))
+                axes.add_patch(
+                    Rectangle((column + 0.07, row + 0.74), 0.86 * share, 0.12, facecolor=fill, edgecolor="none")
+                )
                 text = f"{times:,} of {total:,}" if times else "never"
                 ink = (OOPS if times else FAINT) if wrong else (INK if times else FAINT)
                 sign = "OOPS  " if wrong and times else ""
@@ -198,8 +214,12 @@ def id_growth(layout: str = "2012-ept", widest: int = 12) -> Picture:
                 own = low <= bit < low + row + 3 if row else form.mmio_mask >> bit & 1
                 used = any(field.mask >> bit & 1 for field_name, field in form.bits.items() if field_name != "ID")
                 box = {"facecolor": INK if own else PAPER, "edgecolor": INK if own or used else FAINT, "linewidth": 0.8}
-                axes.add_patch(Rectangle((63 - bit + 0.08, row + 0.12), 0.84, 0.76, hatch="////" if used else "", **box))
-            text = "" if not row else f"{usable[row + 3]:,} ids" + (f", {clash[row + 3]} lost" if clash[row + 3] else "")
+                axes.add_patch(
+                    Rectangle((63 - bit + 0.08, row + 0.12), 0.84, 0.76, hatch="////" if used else "", **box)
+                )
+            text = (
+                "" if not row else f"{usable[row + 3]:,} ids" + (f", {clash[row + 3]} lost" if clash[row + 3] else "")
+            )
             lost = row and clash[row + 3]
             axes.text(64 - floor + 0.3, row + 0.5, text, va="center", color=OOPS if lost else INK)
             axes.text(-0.3, row + 0.5, name, va="center", ha="right")
@@ -212,6 +232,6 @@ def id_growth(layout: str = "2012-ept", widest: int = 12) -> Picture:
         axes.spines[:].set_visible(False)
     return Picture(
         figure,
-        f"From bit {low} up the field has {usable[7]} ids with 7 bits, {usable[8]} with 8 ({clash[8]} would read as MMIO), "
-        f"{usable[9]} with 9 ({clash[9]} would). Below bit {low} is the page frame number.",
+        f"From bit {low} up the field has {usable[7]} ids with 7 bits, {usable[8]} with 8 ({clash[8]} would read as "
+        f"MMIO), {usable[9]} with 9 ({clash[9]} would). Below bit {low} is the page frame number.",
     )

@@ -52,14 +52,9 @@ def under_lock(flags: ArrayLike) -> NDArray[np.bool_]:
 class Step(NamedTuple):
     """One step of a fault's handling.
 
-    Attributes:
-        event: the kernel's name for it; empty where nothing was recorded.
-        line: its number in the trace, from 1; 0 where nothing was recorded.
-        flags: the flags column as printed.
-        label: a few words.
-        part: one of the parts of the handling.
-        said: one sentence.
-        locked: it happened under the mmu-lock.
+    ``event`` is the kernel's name for it, ``line`` its number in the trace, from 1, and ``flags`` that column as
+    printed; empty and 0 where nothing was recorded. ``label`` is a few words, ``said`` a sentence, ``part`` one of the
+    parts of the handling; ``locked`` says that it happened under the mmu-lock.
     """
 
     event: str

@@ -3,7 +3,8 @@
 :func:`judge` is the heart, a dozen lines that chapter 2 shows and has the reader write; :func:`descend` follows
 entries down to the leaf; :func:`access` is both, for whole arrays at once. An entry set is an array
 ``# (access, level)``, root first, its last column the level of 4K pages; every other argument is a scalar or an array
-``# (access,)``. The error code's bits are named in :mod:`mmu.pfec`.
+``# (access,)``. The error code's bits are named in :mod:`mmu.pfec`, the formats of entries in ``mmu.formats``; tables
+in memory are ``mmu.tables``. :func:`fault_codes` is the same rule for tens of millions of leaves, by look-up.
 
 Sources: Intel SDM 3A 4.5 to 4.7 for the rules; Linux 6.1 ``arch/x86/kvm/mmu`` (``permission_fault``,
 ``reset_rsvds_bits_mask``, ``walk_addr_generic``) for what KVM's own walker makes of them.

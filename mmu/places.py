@@ -44,6 +44,7 @@ class Accesses:
     vcpu: Vcpu
     first: NDArray[np.int64]  # (run + 1,): where each run's accesses begin; the last entry is their number
     ns: NDArray[np.int64]  # (run,): when each run began
+    run: NDArray[np.int64]  # (run,): its place among all runs of the scenario
     op: NDArray[np.uint8]
     user: NDArray[np.bool]
     gva: NDArray[np.uint64]
@@ -60,11 +61,14 @@ def accesses(scene: Scenario) -> dict[int, Accesses]:
     kinds = {"op": np.uint8, "user": np.bool, "gva": np.uint64, "value": np.uint64}
     out = {}
     for vcpu in scene.of(Vcpu):
-        runs = sorted((run for run in scene.runs if run.vcpu == vcpu.vcpu), key=lambda run: run.ns)
+        mine = [place for place, run in enumerate(scene.runs) if run.vcpu == vcpu.vcpu]
+        mine.sort(key=lambda place: scene.runs[place].ns)
+        runs = [scene.runs[place] for place in mine]
         first = np.cumsum([0, *map(len, runs)], dtype=np.int64)
         ns = np.array([run.ns for run in runs], dtype=np.int64)
         columns = ([np.zeros(0, dtype=kind), *(getattr(run, name) for run in runs)] for name, kind in kinds.items())
-        out[vcpu.vcpu] = Accesses(vcpu, first, ns, *map(np.concatenate, columns))
+        where = np.array(mine, dtype=np.int64)
+        out[vcpu.vcpu] = Accesses(vcpu, first, ns, where, *map(np.concatenate, columns))
     return out
 
 
@@ -159,7 +163,8 @@ class _Candidates:
     def __init__(self, steps: Accesses, seen: NDArray[Any]) -> None:
         here = np.arange(steps.op.size, dtype=np.int64)
         of_op = [here[steps.op == op] for op, kinds in _SHOWN_BY.items() for _ in kinds]  # one array a pair
-        kinds = np.repeat([kind for kinds in _SHOWN_BY.values() for kind in kinds], [part.size for part in of_op])
+        every = np.array([kind for kinds in _SHOWN_BY.values() for kind in kinds], dtype=np.int64)
+        kinds = np.repeat(every, [part.size for part in of_op])
         access = np.concatenate(of_op)
         address = np.where(kinds <= FETCHES, steps.gva[access], np.uint64(0))  # control exits do not tell theirs
         _, ids = np.unique(np.append(address, seen["address"]), return_inverse=True)

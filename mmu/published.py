@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 PAGES_PER_GIB = 1 << 18
-"""4 KiB pages in one GiB: what each vCPU of the tests below writes, once a round."""
+"""Pages of 4 KiB in one GiB, which is what each vCPU of the tests below writes in a round."""
 
 SPLIT_ON_FAULT: NDArray[np.void] = np.array(
     [
@@ -61,7 +61,7 @@ Source: Wanpeng Li, "[PATCH v2] KVM: VMX: Micro-optimize vmexit time when not ex
 """
 
 WORLD_SWITCH = (2000, 2.93)
-"""Cycles of a VM exit and entry themselves, and the machine's GHz: Xeon X5570, Linux 2.6.34.
+"""Cycles of a VM exit and entry themselves on a Xeon X5570 with Linux 2.6.34, and that machine's clock in GHz.
 
 Source: Landau, Ben-Yehuda, Gordon, "SplitX: Split Guest/Hypervisor Execution on Multi-Core".
 """

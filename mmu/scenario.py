@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from mmu.paging import PTE, Format, format_of
 
-PAGE = 0x1000
+PAGE, MOST_PAGES = 0x1000, 1 << 22  # no recorded guest has more than 16 GiB
 UPPER = PTE.mask("P", "W", "U", "A")
 OPS = ("R", "W", "RMW", "X", "INVLPG", "CR3", "CR0")
 READ, WRITE, RMW, CALL, INVLPG, CR3, CR0 = range(len(OPS))
@@ -238,7 +238,10 @@ def _event(event: dict[str, Any]) -> Event:
             slot, gpa, size, flags, hva = numbers("slot", "gpa", "size", "flags", "hva")
             return Memslot(slot, gpa, size, flags, hva, event["backing"], *numbers("ns", "ns_end"))
         case "gmap" | "gmap_range":
-            return Gmap(*numbers("root", "gva", "gpa"), int(event.get("n", 1)), number(event["flags"]))
+            pages = int(event.get("n", 1))
+            if not 0 < pages <= MOST_PAGES:
+                raise ValueError(f"n is {pages}; expected 1 to {MOST_PAGES:,} pages")
+            return Gmap(*numbers("root", "gva", "gpa"), pages, number(event["flags"]))
         case "vcpu":
             return Vcpu(number(event["vcpu"]), event["gmode"], *numbers("cr0", "cr3", "cr4", "efer"))
         case "enable_cap":

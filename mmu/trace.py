@@ -10,7 +10,7 @@
 same piece by piece, so that a trace of any size needs the memory of one piece. Chapter 2 classifies the faults of
 recorded traces with it, chapter 13 reads whole runs.
 
-Every array has the fields of :data:`HEAD` and those that :data:`mmu.records.FORMATS` names for the event:
+Every array has the fields of :data:`mmu.records.HEAD` and those that :data:`mmu.records.FORMATS` names for the event:
 
 ========= ===== ====================================================================================================
 ``line``  int64 number of the line in the file, from 1: it orders the events of different arrays

@@ -199,25 +199,77 @@ def _make(memory: Versions, fmt: Format, asked: _Asked, time: NDArray[np.int64])
     return _Made(Walks(*shown, out.fault, out.code), gpa, tables, versions, used)
 
 
-def _ranks(line: NDArray[np.int64], turn: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Times as ranks: by line, and after a line by turn, the walk printed there being turn 0; equal pairs are equal."""
-    order = np.lexsort((turn, line))
-    step = (np.diff(line[order], prepend=-2) != 0) | (np.diff(turn[order], prepend=-2) != 0)
-    rank = np.empty(line.size, dtype=np.int64)
-    rank[order] = np.cumsum(step, dtype=np.int64)
-    return rank
+class _Story(NamedTuple):
+    """All that happens, each at its time: walks that were printed, accesses, and what the client wrote beforehand."""
+
+    asked: _Asked  # (event,): the recorded walks and the accesses, each of which walks as well
+    time: NDArray[np.int64]  # (event,): ranks
+    row: NDArray[np.int64]  # (event,): which recorded walk it is; -1: an access
+    op: NDArray[np.uint8]  # (event,)
+    value: NDArray[np.uint64]  # (event,): what a store stores
+    host: scenario.TableWrites
+    host_time: NDArray[np.int64]  # (write,)
 
 
-def _host_writes(scene: Scenario, ways: list[Places]) -> tuple[scenario.TableWrites, NDArray[np.int64]]:
-    """The page-table entries that the client wrote, and after which line: before all, or after the runs before them."""
-    runs = scene.runs
-    end = np.zeros(len(runs), dtype=np.int64)  # (run,): the line after which its last access took effect
+def _tell(scene: Scenario, ways: list[Places], rec: Recorded) -> _Story:
+    """Put the recorded walks, the accesses and the client's own writes into one order of time.
+
+    A walk is made when its line is printed. An access happens after the last line that is not past it, in its turn.
+    """
+    host = scenario.table_writes(scene)
+    asked, rows, ops, values, lines, turns = [], [], [], [], [], []
+    end = np.zeros((len(scene.runs) + 1, 2), dtype=np.int64)  # (run + 1, 2): line and turn past each run's last access
+    end[0] = -1  # before the first run there is nothing
     for way in ways:
-        mine = [place for place, run in enumerate(runs) if run.vcpu == way.accesses.vcpu.vcpu]
-        mine.sort(key=lambda place: runs[place].ns)
-        end[mine] = np.append(0, way.after)[way.accesses.first[1:]]
-    writes = scenario.table_writes(scene)
-    return writes, np.maximum.accumulate(np.append(-1, end))[writes.before_run]
+        steps, mark = way.accesses, rec.mark[way.walks]
+        does = np.flatnonzero(steps.op <= scenario.CALL)
+        kind = np.array([READS, WRITES, WRITES, FETCHES], dtype=np.int64)[steps.op[does]]
+        asked.append(_ask(steps, way.place, mark["address"], mark["kind"], rec.user[way.walks]))
+        asked.append(_ask(steps, does, steps.gva[does], kind, steps.user[does]))
+        rows += [way.walks, np.full(does.size, -1, dtype=np.int64)]
+        ops += [np.full(way.walks.size, scenario.READ, dtype=np.uint8), steps.op[does]]
+        values += [np.zeros(way.walks.size, dtype=np.uint64), steps.value[does]]
+        lines += [mark["line"], way.after[does]]
+        turns += [np.zeros(way.walks.size, dtype=np.int64), 2 * does + 2]
+        end[steps.run + 1, 0] = np.append(0, way.after)[steps.first[1:]]
+        end[steps.run + 1, 1] = 2 * steps.first[1:] + 1
+    latest, run = np.maximum.accumulate(end[:, 0]), np.arange(len(end), dtype=np.int64)
+    last = np.maximum.accumulate(np.where(end[:, 0] == latest, run, 0))  # of the runs so far the one that ended last
+    for column, of_host in zip((lines, turns), end[last[host.before_run]].T, strict=True):
+        column.append(of_host)  # what the client wrote is there before all, or once the runs before it are over
+
+    line, turn = np.concatenate(lines), np.concatenate(turns)
+    order = np.lexsort((turn, line))
+    later = (np.diff(line[order], prepend=-2) != 0) | (np.diff(turn[order], prepend=-2) != 0)
+    rank = np.empty(line.size, dtype=np.int64)
+    rank[order] = np.cumsum(later, dtype=np.int64)
+    row, op, value = map(np.concatenate, (rows, ops, values))
+    return _Story(_Asked.join(asked), rank[: row.size], row, op, value, host, rank[row.size :])
+
+
+def _settle(story: _Story, fmt: Format, nested_paging: bool) -> Versions:
+    """What guest memory holds over time, once it is clear where every store goes and which walks mark what."""
+    asked, time = story.asked, story.time
+    writes, adds = np.isin(story.op, (scenario.WRITE, scenario.RMW)), story.op == scenario.RMW
+    marks = (story.row >= 0) | nested_paging  # under nested paging the CPU itself sets A and D, at every access
+    by_host = _in_words(story.host.gpa, story.host.entry, story.host_time, fmt.entry_bytes)
+    width = 8 if fmt in (paging.LONG4, paging.LONG5) else 4  # of the guest's stores
+    stored, where, value = np.zeros(time.size, dtype=np.bool), np.zeros(time.size, dtype=np.uint64), story.value
+    for _ in range(ROUNDS):
+        by_guest = _in_words(where[stored], value[stored], time[stored], width)
+        memory = Versions(*(np.concatenate(pair) for pair in zip(by_guest, by_host, strict=True)))
+        made = _make(memory, fmt, asked, time)
+        used = made.used & marks[:, None]
+        walk, step = np.nonzero(used)
+        is_leaf = step == used.sum(axis=1, dtype=np.int64)[walk] + len(fmt.plain) - 1
+        memory.mark(made.version[used], time[walk], is_leaf & (asked.kind == WRITES)[walk])
+        held = memory.entry(made.gpa, width, time)[0]
+        before = stored, where, value
+        stored = writes & ~made.walks.fault & np.isin(made.gpa >> np.uint64(12), made.table)  # others are never read
+        where, value = np.where(stored, made.gpa, where), np.where(stored & adds, held + np.uint64(1), value)
+        if all(map(np.array_equal, before, (stored, where, value))):
+            break
+    return memory
 
 
 def predict(scene: Scenario, ways: list[Places], rec: Recorded) -> Walks:
@@ -233,47 +285,11 @@ def predict(scene: Scenario, ways: list[Places], rec: Recorded) -> Walks:
     out = Walks(*(np.zeros(shape, dtype=kind) for shape, kind in kinds))
     if fmt is None or not ways:
         return out
-    host, host_line = _host_writes(scene, ways)
-    turns = max(way.accesses.op.size for way in ways) + 1
-    line, turn = [host_line], [np.full(host_line.size, turns, dtype=np.int64)]
-    parts, rows, ops, values = [], [], [], []  # the recorded walks and, row -1, the accesses themselves
-    for way in ways:
-        steps, mark = way.accesses, rec.mark[way.walks]
-        does = np.flatnonzero(steps.op <= scenario.CALL)
-        kind = np.array([READS, WRITES, WRITES, FETCHES], dtype=np.int64)[steps.op[does]]
-        parts.append(_ask(steps, way.place, mark["address"], mark["kind"], rec.user[way.walks]))
-        parts.append(_ask(steps, does, steps.gva[does], kind, steps.user[does]))
-        line += [mark["line"], way.after[does]]
-        turn += [np.zeros(way.walks.size, dtype=np.int64), does + 1]
-        rows += [way.walks, np.full(does.size, -1, dtype=np.int64)]
-        ops += [np.full(way.walks.size, scenario.READ, dtype=np.uint8), steps.op[does]]
-        values += [np.zeros(way.walks.size, dtype=np.uint64), steps.value[does]]
-    asked, row, op, value = _Asked.join(parts), *map(np.concatenate, (rows, ops, values))
-    writes, adds = np.isin(op, (scenario.WRITE, scenario.RMW)), op == scenario.RMW
-    marks = (row >= 0) | scene.nested_paging  # under nested paging the CPU itself sets A and D, at every access
-
-    ranks = _ranks(np.concatenate(line), np.concatenate(turn))
-    host_time, time = ranks[: host_line.size], ranks[host_line.size :]
-    in_host = _in_words(host.gpa, host.entry, host_time, fmt.entry_bytes)
-    width = 8 if fmt in (paging.LONG4, paging.LONG5) else 4  # of the guest's stores
-    stored, where = np.zeros(row.size, dtype=np.bool), np.zeros(row.size, dtype=np.uint64)
-    for _ in range(ROUNDS):
-        by_guest = _in_words(where[stored], value[stored], time[stored], width)
-        memory = Versions(*(np.concatenate(pair) for pair in zip(by_guest, in_host, strict=True)))
-        made = _make(memory, fmt, asked, time)
-        used = made.used & marks[:, None]
-        walk, step = np.nonzero(used)
-        is_leaf = step == used.sum(axis=1, dtype=np.int64)[walk] + len(fmt.plain) - 1
-        memory.mark(made.version[used], time[walk], is_leaf & (asked.kind == WRITES)[walk])
-        held = memory.entry(made.gpa, width, time)[0]
-        before = stored, where, value
-        stored = writes & ~made.walks.fault & np.isin(made.gpa >> np.uint64(12), made.table)
-        where, value = np.where(stored, made.gpa, where), np.where(stored & adds, held + np.uint64(1), value)
-        if all(map(np.array_equal, before, (stored, where, value))):
-            break
-    walks, mine = _make(memory, fmt, asked, time).walks, row >= 0
-    out.entry[row[mine], : fmt.levels], out.level[row[mine], : fmt.levels] = walks.entry[mine], walks.level[mine]
-    out.fault[row[mine]], out.code[row[mine]] = walks.fault[mine], walks.code[mine]
+    story = _tell(scene, ways, rec)
+    walks = _make(_settle(story, fmt, scene.nested_paging), fmt, story.asked, story.time).walks
+    mine, row = story.row >= 0, story.row[story.row >= 0]
+    out.entry[row, : fmt.levels], out.level[row, : fmt.levels] = walks.entry[mine], walks.level[mine]
+    out.fault[row], out.code[row] = walks.fault[mine], walks.code[mine]
     return out
 
 

@@ -74,7 +74,7 @@ def test_recognised_by_content():
 
 
 @given(st.lists(st.sampled_from([*ROW.split(","), "x" * 40, "\n", ROW, "#", "0" * 16, "f" * 16])))
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_hostile_rows(cells):
     """Whatever follows the header, each line that is neither blank nor a comment is predicted or named unreadable."""
     text = HEAD + ",".join(cells)
@@ -84,6 +84,7 @@ def test_hostile_rows(cells):
 
 
 @given(st.lists(st.integers(0, 2**64 - 1), min_size=1), st.booleans())
+@settings(deadline=None)
 def test_hexadecimal_is_int(words, upper):
     """Reading hexadecimal text by whole columns gives what Python's own int() gives."""
     texts = [f"{word:X}" if upper else f"{word:x}" for word in words]

@@ -41,6 +41,7 @@ def test_number_of_states(maxphyaddr, pku):
 
 
 @given(st.integers(0, 2 ** len(kut.NAMES) - 1), st.sampled_from([36, 37, 51, 52]), st.booleans())
+@settings(deadline=None)
 def test_states_are_a_product(state, maxphyaddr, pku):
     """A state is legal exactly when it is in the enumeration's product of legal groups."""
     flags = np.array([state], dtype=np.uint32)
@@ -105,7 +106,7 @@ def walks(draw):
 
 
 @given(walks(), st.integers(32, 52), st.lists(st.booleans(), min_size=10, max_size=10), st.integers(0, 2**32 - 1))
-@settings(max_examples=400)
+@settings(max_examples=400, deadline=None)
 def test_any_access_equals_plain_python(walk, maxphyaddr, flags, pkru):
     """In every paging mode, level and CPU setting the arrays give what one plain walk at a time gives."""
     name, entries = walk

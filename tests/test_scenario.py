@@ -86,6 +86,10 @@ def test_a_guest_without_paging_has_no_tables():
         ('{"events": 3}', "is no scenario"),
         (write([{"t": "phase", "ns": 1}]), r"event 0 \(phase\) of the scenario lacks 'name'"),
         (write([VCPU | {"cr0": "0xg"}]), r"event 0 \(vcpu\).*invalid literal"),
+        (
+            write([{"t": "gmap", "root": 0, "gva": 0, "gpa": 0, "n": 1 << 40, "flags": 7}]),
+            "expected 1 to 4,194,304 pages",
+        ),
         (write([VCPU | {"cr0": -1}]), "-1 is no unsigned 64-bit number"),
         (write([VCPU | {"cr0": True}]), "True is no unsigned 64-bit number"),
         (

@@ -342,6 +342,7 @@ def test_an_access_is_one_thing():
 
 
 @given(st.lists(st.integers(0, (1 << 48) - 1), max_size=40))
+@settings(deadline=None)
 def test_an_empty_table(addresses):
     """Every walk of an empty table ends at the root with a fault whose code says not present."""
     walk = PageTable().walk(np.array(addresses, dtype=np.uint64))

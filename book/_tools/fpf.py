@@ -1,7 +1,9 @@
-"""The book's Sphinx extension: players beside the pages, buttons where they lead somewhere, citations that read well."""
+"""The book's Sphinx extension: players beside the pages, buttons that lead somewhere, citations that read well."""
 
 import os
 from pathlib import Path
+
+from sphinx.ext.napoleon.docstring import GoogleDocstring
 
 from mmu import widgets
 
@@ -32,10 +34,16 @@ def _citations(app, page, template, context, doctree):
     context["body"] = context.get("body", "").replace('role="doc-biblioentry"', 'role="listitem"')
 
 
+def _plain_value(docstring):
+    # napoleon takes what stands before a colon in the first line of a value's docstring for a type; it is text
+    return "", docstring._dedent(docstring._consume_to_end())
+
+
 def setup(app):
     """Register the extension."""
     if os.environ.get("FPF_SITE"):
         app.tags.add("site")  # what only the published site has: the offline copy
+    GoogleDocstring._consume_inline_attribute = _plain_value
     app.connect("config-inited", _buttons)
     app.connect("builder-inited", _players)
     app.connect("html-page-context", _citations)

@@ -83,7 +83,9 @@ def main(built, site):
             entry.compress_type = zipfile.ZIP_DEFLATED
             archive.writestr(entry, path.read_bytes())
     if "example.org" in base:
-        print(f"note: the site calls itself {base}; set html.baseurl in _config.yml before publishing it", file=sys.stderr)
+        print(
+            f"note: the site calls itself {base}; set html.baseurl in _config.yml before publishing it", file=sys.stderr
+        )
     print(f"The site is made. Serve: {site}")
 
 

@@ -82,7 +82,9 @@ def repair(
             if not all(ended):
                 return Result(False, f"Not yet: safe, but with {n} vCPUs some schedule ends without {always}.")
             counted.append(f"{len(game.states):,}")
-        return Result(True, f"Right: {' and '.join(counted)} states with {' and '.join(map(str, sizes))} vCPUs, no OOPS.")
+        return Result(
+            True, f"Right: {' and '.join(counted)} states with {' and '.join(map(str, sizes))} vCPUs, no OOPS."
+        )
 
     return answer
 
@@ -99,7 +101,9 @@ def marks(run: Callable[[tuple[int, ...]], Program], sizes: Iterable[int], memor
             except ProgramError as error:
                 return Result(False, f"Not yet: {n} vCPUs get {given}. {error}")
             if not game.safe:
-                return Result(False, f"Not yet: {n} vCPUs get {given}, and there is a way to OOPS.\n{lines(game.shortest())}")
+                return Result(
+                    False, f"Not yet: {n} vCPUs get {given}, and there is a way to OOPS.\n{lines(game.shortest())}"
+                )
         return Result(True, f"Right: safe with {', '.join(map(str, sizes[:-1]))} and {sizes[-1]} vCPUs.")
 
     return answer
@@ -159,7 +163,7 @@ def usable_ids(widest: int = 10) -> Exercise:
 
 
 def slow_vcpus() -> Exercise:
-    """How many of ``vcpus`` vCPUs have no id of their own; the answer takes ``table`` ("ept" or "shadow") and ``vcpus``."""
+    """How many of so many vCPUs have no id of their own; the answer takes ``table`` (ept, shadow) and ``vcpus``."""
     return Exercise(
         "virtual machines",
         [
@@ -174,4 +178,3 @@ def slow_vcpus() -> Exercise:
 
 def _said(move: Move) -> str:
     return f"vCPU {move.actor}: {move.text}"
-

@@ -11,7 +11,7 @@ WIDEST = 12
 
 
 class IdFieldPlayer(Player):
-    """Move and widen the field of a vCPU's id inside an EPT spte of 2012, and see which fields it runs into. Chapter 10.
+    """Move and widen the field of a vCPU's id inside an EPT spte of 2012, and see what it runs into. Chapter 10.
 
     Args:
         low: the field's lowest bit at the start.
@@ -29,8 +29,8 @@ class IdFieldPlayer(Player):
         if not 1 <= width <= WIDEST or not 0 <= low <= 64 - width:
             raise ValueError(f"{width} bits from bit {low} up; expected 1 to {WIDEST} bits inside the 64 of an spte")
         super().__init__(
-            alt="The 64 bits of an EPT spte of 2012 and in them a field for a vCPU's id that you move and widen; under them, "
-            f"which fields it overlaps and how many ids it has. It starts with {width} bits from bit {low} up.",
+            alt="The 64 bits of an EPT spte of 2012 and in them a field for a vCPU's id that you move and widen; "
+            f"under them, what it overlaps and how many ids it has. It starts with {width} bits from bit {low} up.",
             data={
                 "cells": cells,
                 "states": [[self._state(lowest, wide) for lowest in range(65 - wide)] for wide in range(1, WIDEST + 1)],
@@ -55,5 +55,8 @@ class IdFieldPlayer(Player):
         said = f"{width} wide, {bits}: {usable:,} {'id' if usable == 1 else 'ids'}"
         if mmio.size:
             first = f"{int(mmio[0])}" if mmio.size == 1 else f"{int(mmio[0])} and {len(mmio) - 1} more"
-            return ["!", f"{said}. Id {first} cannot be used: on a writable, executable page the entry would read as MMIO."]
+            return [
+                "!",
+                f"{said}. Id {first} cannot be used: on a writable, executable page the entry would read as MMIO.",
+            ]
         return ["✓", f"{said}, 1 to {usable:,}, and 0 for nobody."]

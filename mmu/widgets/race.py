@@ -1,4 +1,4 @@
-"""The race game: the reader is the scheduler, the board is the program's own state graph (chapters 6 to 10, gallery)."""
+"""The race game: the reader is the scheduler, the board is the program's own state graph (chapters 6 to 10)."""
 
 from __future__ import annotations
 
@@ -71,7 +71,9 @@ def counterexample(
     """
     game = board(program, memory)
     if game.safe:
-        raise ValueError(f"{program.name or title} is safe under {memory}; expected a program that some schedule breaks")
+        raise ValueError(
+            f"{program.name or title} is safe under {memory}; expected a program that some schedule breaks"
+        )
     line = " ".join(move.code for move in game.shortest())
     words = {"oops": oops} if oops else {}
     return RacePlayer(program, memory, name, title, actors=actors, schedule=line, **words)
@@ -95,7 +97,7 @@ def _graph(game: Board) -> dict[str, Any]:
         used = sorted(set(numbers))
         here.append([used.index(number) for number in numbers])
         steps = {(path, step.label): step for path, steps in machine.program.paths[vcpu].items() for step in steps}
-        starts = [steps[0] for steps in machine.program.paths[vcpu].values()]
+        starts = {path: steps[0] for path, steps in machine.program.paths[vcpu].items()}
         locals_.append([_local(actor.locals[number], steps, starts) for number in used])
     return {
         "words": [
@@ -115,15 +117,18 @@ def _graph(game: Board) -> dict[str, Any]:
     }
 
 
-def _local(local: Local, steps: dict[tuple[str, str], Step], starts: list[Step]) -> dict[str, Any]:
+def _local(local: Local, steps: dict[tuple[str, str], Step], starts: dict[str, Step]) -> dict[str, Any]:
     """What one actor shows: the step it is at, what it remembers, what waits in its store buffer."""
     ended = local.label in (DONE, OOPS)
-    if local.label and not ended:
-        following = [steps[local.path, local.label]]
+    if ended:
+        following = ""
+    elif not local.label and len(starts) > 1:
+        following = f"chooses {', '.join(starts)}"
     else:
-        following = [] if ended else starts
+        step = steps[local.path, local.label] if local.label else next(iter(starts.values()))
+        following = f"{step.label}  {step.text}"
     return {
-        "next": " or ".join(f"{step.label}  {step.text}" for step in following),
+        "next": following,
         "end": local.label if ended else "",
         "knows": ", ".join(f"{name} = {value}" for name, value in local.values),
         "buffer": [", ".join(f"{name} = {value}" for name, value in entry) for entry in local.buffer],

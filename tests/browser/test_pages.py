@@ -32,11 +32,13 @@ def test_the_book_has_its_pages():
 
 @pytest.mark.parametrize("name", PAGES)
 def test_opens_from_a_folder(visit, name):
-    """A page opened from file:// mounts every player, logs nothing and requests nothing from another host."""
+    """A page opened from file:// mounts and styles every player, logs nothing and asks no other host for anything."""
     seen = visit()
     page = seen.open(name)
     states = page.locator(".mmu-player").evaluate_all("players => players.map(player => player.dataset.mounted)")
     assert states == ["yes"] * len(states)
+    frames = page.locator(".mmu-player > div:not(:empty)")
+    assert set(frames.evaluate_all("boxes => boxes.map(box => getComputedStyle(box).borderTopStyle)")) <= {"solid"}
     assert seen.foreign == []
     assert seen.errors == []
 

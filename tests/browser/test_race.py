@@ -1,4 +1,4 @@
-"""The race games on the built pages: won, lost, undone and walked to the end by keyboard, and always as the package says."""
+"""The race games on the built pages: won, lost and walked to the end by keyboard, always as the package says."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class Game:
 
 @pytest.mark.parametrize("name", WON)
 def test_each_level_is_won_by_its_shortest_schedule(visit, name):
-    """The package's shortest schedule, pressed key by key, ends in OOPS, and only then is the shortest way spoken of."""
+    """The package's shortest schedule, pressed key by key, ends in OOPS; only then is the shortest way named."""
     game = Game(visit, name, width=390)
     path = game.board.shortest()
     for number, move in enumerate(path, 1):
@@ -127,7 +127,7 @@ def test_each_level_is_won_by_its_shortest_schedule(visit, name):
 
 @pytest.mark.parametrize("name", [*WON, *NEVER])
 def test_any_keys_show_the_packages_state(visit, name):
-    """After any keys, possible or not, the player shows the move, the shared words and the dead end that the package has."""
+    """After any keys, possible or not, the player shows the package's move, shared words and dead end."""
     game = Game(visit, name)
     rng = random.Random(name)
     actors = len(game.board.machine.actors)
@@ -166,8 +166,8 @@ def test_the_page_walks_an_unwinnable_level(visit, name):
     game.el.get_by_role("button", name="Let my browser walk every state").click()
     moves = sum(map(len, game.board.moves))
     expect(game.el.locator(".mmu-proof")).to_have_text(
-        f"Your browser has visited {len(game.board.states):,} states by {moves:,} moves and found OOPS in none of them. "
-        "No schedule breaks this protocol."
+        f"Your browser has visited {len(game.board.states):,} states by {moves:,} moves and found OOPS in none of "
+        "them. No schedule breaks this protocol."
     )
 
 
@@ -203,7 +203,7 @@ def test_a_longer_win_is_shown_the_shortest(visit):
 
 @pytest.mark.parametrize(("name", "code"), [("shared-id", "0,0,0,0,1,1"), ("no-fault-mb", "0,0,0,1,1,1d")])
 def test_a_link_replays_a_schedule(visit, name, code):
-    """A page opened with a schedule in its link shows the state that the schedule leads to, and offers the same link."""
+    """A link with a schedule shows the state that the schedule leads to, and the game offers the same link."""
     game = Game(visit, name, fragment=f"#race-{name}={code}")
     path = game.board.play(code)
     game.expect(path)

@@ -15,7 +15,7 @@ function render({ model, el }) {
   const line = h("p", { class: "mmu-quoted" }, h("code", {}, flags, quoted)), none = h("span", { class: "mmu-none" });
   line.append(none);
   const lists = faults.map(({ name, steps }, i) => h("ol", { class: "mmu-story", "aria-label": `Steps, ${name}` },
-    steps.map(({ label, locked, quoted }, at) => h("li", { "data-locked": locked, "data-recorded": Boolean(quoted) },
+    steps.map(({ label, locked, quoted }, at) => h("li", { "data-locked": String(locked), "data-recorded": String(Boolean(quoted)) },
       h("button", { type: "button", tabindex: "-1", onclick: () => state.set([i, at].join()) },
         h("span", { class: "mmu-dot", "aria-hidden": "true" }, quoted ? "●" : "○"), label)))));
   const back = h("button", { type: "button", onclick: () => step(-1), "aria-label": "Previous step" }, "◀");
@@ -48,8 +48,8 @@ function render({ model, el }) {
   el.append(
     h("div", { class: "mmu-which", role: "group", "aria-label": "Fault" }, tabs),
     h("div", { class: "mmu-beside" }, h("div", {}, lists), h("div", {}, spoken, line)),
-    h("p", { class: "mmu-legend" }, "● recorded  ○ done without an event  ",
-      h("span", { class: "mmu-swatch" }), " under the mmu-lock"),
+    h("p", { class: "mmu-legend" }, "●\u00a0recorded\u2003○\u00a0done without an event\u2003",
+      h("span", { class: "mmu-swatch" }), "\u00a0under the mmu-lock"),
     h("div", { class: "mmu-controls" }, back, next, undo,
       h("button", { type: "button", onclick: () => state.reset() }, "Reset"),
       h("span", { class: "mmu-keys" }, "Click or Tab here, then: ← → step, " +

@@ -34,7 +34,7 @@ function render({ model, el }) {
     h("div", { class: "mmu-controls" }, button("◀", 1, 0, "Move up by a bit"), button("▶", -1, 0, "Move down by a bit"),
       button("wider", 0, 1, "Wider"), button("narrower", 0, -1, "Narrower"), undo,
       h("button", { type: "button", onclick: () => state.reset() }, "Reset"),
-      h("span", { class: "mmu-keys" }, "Keys: ← → move, + or ↑ wider, - or ↓ narrower, U undo, R reset")));
+      h("span", { class: "mmu-keys" }, "Click or Tab here, then: ← → move, + or ↑ wider, - or ↓ narrower, U undo, R reset")));
   onKeys(el, {
     ArrowLeft: () => move(1, 0), ArrowRight: () => move(-1, 0), ArrowUp: () => move(0, 1), ArrowDown: () => move(0, -1),
     "+": () => move(0, 1), "-": () => move(0, -1), u: () => state.undo(), r: () => state.reset(),

@@ -149,7 +149,7 @@ function render({ model, el }) {
       knows.textContent = known ? `remembers ${known}` : "";
       buffer.replaceChildren(...(game.memory === "TSO" ? ["store buffer: ", waiting.length ? waiting.map((entry) => h("span", { class: "mmu-entry" }, entry)) : "empty"].flat() : []));
       const steps = mine.filter((move) => move.kind !== "drain"), drain = mine.find((move) => move.kind === "drain");
-      const labels = steps.length > 1 ? steps.map((move) => [`${move.code}: ${move.say}`, move]) : [[`Step ${a}`, steps[0]]];
+      const labels = steps.length > 1 ? steps.map((move) => [`${move.code} ${game.paths[a][move.code.split(".")[1] ?? 0]}`, move]) : [[`Step ${a}`, steps[0]]];
       if (game.memory === "TSO") labels.push([`Drain ${a}`, drain]);
       box.replaceChildren(...labels.map(([label, move]) => button(label, () => move && take(move), { disabled: !move })));
       card.dataset.done = end ? "yes" : "no";
@@ -199,7 +199,7 @@ function render({ model, el }) {
     h("p", { class: "mmu-title" }, h("strong", {}, game.title), ` · ${game.memory}, ${many(shared.length, "state")}. OOPS when `, h("code", {}, game.invariant)),
     wordBox, h("div", { class: "mmu-actors" }, cards.map(({ card }) => card)), spoken, lanes,
     h("div", { class: "mmu-controls" }, undo, forward, again, stepBack, best, all, link,
-      h("span", { class: "mmu-keys" }, `Keys: ${actors.map((_, a) => a).join(" ")} step that vCPU`
+      h("span", { class: "mmu-keys" }, `Click or Tab here, then: ${actors.map((_, a) => a).join(" ")} step that vCPU`
         + (game.memory === "TSO" ? `, ${["Q", "W", "E"].slice(0, actors.length).join(" ")} (or Shift and the digit) drain its buffer` : "")
         + ", U or ← undo, → redo, R reset")),
     proof);

@@ -1,0 +1,420 @@
+"""The simulated guest: against plain twins, against itself one access at a time, and against what may never be."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmu import kernel, play, scenario, spte, vm
+from mmu.host import HUGE_PAGES, Backing
+from mmu.kernel import FAULT, PATHS, Kernel
+from mmu.slots import LOG_DIRTY_PAGES, READONLY
+from mmu.vm import FETCH, INCREMENT, READ, VCPU, WRITE, Guest, replay_words, stream
+from tests.machines import RAM, Machine
+from tests.test_replay import DATA
+
+NAMES = ["fast fixed", "fast not fixed", "spurious", "slow", "retry", "emulate", "MMIO"]
+
+
+def guest(
+    pages: int = 64, flags: int = 0, *, huge: bool = False, backing: Backing | None = None, **switches: object
+) -> Guest:
+    """A guest without paging, with one slot of RAM at gfn 0x1000."""
+    machine = Guest(Kernel(**switches))
+    machine.add_slot(1, RAM, pages, flags, backing or Backing(pages, huge=huge, content=True))
+    machine.vcpus[0] = VCPU(0)
+    return machine
+
+
+def touch(machine: Guest, *accesses: tuple[int, int], vcpu: int = 0) -> list[str]:
+    """Make accesses (op, page of the slot); return the path of each fault."""
+    op, page = zip(*accesses, strict=True)
+    result = machine.run(vcpu, stream(op, (RAM + np.array(page)) << 12))
+    return [PATHS[path] for path in result.faults["path"]]
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_a_whole_stream_is_its_accesses_one_by_one(seed: int) -> None:
+    """Faults, values, #PFs and the log are the same whether a stream is one run or one run for each access."""
+    outcomes = []
+    for whole in (True, False):
+        machine, rng = Machine(seed), np.random.default_rng(seed + 1000)
+        faults, seen = [], []
+        for _ in range(3):
+            accesses = machine.stream(rng, 50)
+            count = accesses.gva.size
+            for part in [slice(count)] if whole else [slice(k, k + 1) for k in range(count)]:
+                result = machine.guest.run(0, accesses.take(part))
+                result.faults["access"] += part.start or 0
+                faults.append(result.faults[[name for name in FAULT.names if name not in ("order", "old", "new")]])
+                seen.append(np.stack([result.value, result.fault.astype(np.uint64), result.code]))
+            machine.act(rng)
+            seen.append(np.tile(machine.guest.memory.dirty[machine.guest.memory.slot(1).indices], (3, 1)))
+        outcomes.append((np.concatenate(faults), np.concatenate(seen, axis=1)))
+    (faults, seen), (one_by_one, looked) = outcomes
+    assert np.array_equal(faults, one_by_one)
+    assert np.array_equal(seen, looked)
+    assert len(faults) > 20
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_sptes_stay_legal(seed: int) -> None:
+    """No spte that a random machine builds has W without MMU_W, or MMU_W without HOST_W, and rights follow sptes."""
+    machine, rng = Machine(seed), np.random.default_rng(seed)
+    for _ in range(4):
+        machine.guest.run(0, machine.stream(rng, 80))
+        machine.act(rng)
+        direct, shadow = machine.guest.direct, machine.guest.shadow
+        words = np.concatenate([direct.sptes, direct.blocks[direct.blocks > 1], shadow.sptes[shadow.child < 0]])
+        states = spte.classify(words, machine.kernel.layout, level=1)
+        assert not (states == spte.ILLEGAL).any()
+        small = direct.sptes != 0
+        assert np.array_equal(direct.rights[small], direct.bits.rights(direct.sptes[small]))
+        assert not (direct.rights[~small & (direct.mmio >= 0)]).any()
+
+
+class PlainPage:
+    """One 4K page of a TDP MMU over anonymous memory, in plain Python: the spte, the host's page, the dirty bit."""
+
+    def __init__(self) -> None:
+        self.spte, self.host, self.dirty, self.logged = "none", "absent", False, False
+
+    def access(self, write: bool) -> list[tuple[bool, str]]:
+        """The faults of one access: whether the spte was present, and what became of the fault."""
+        faults = []
+        while self.spte == "none" or (write and self.spte != "writable"):
+            present = self.spte != "none"
+            if present and write and self.spte == "protected":
+                self.spte, path = "writable", "fast fixed"
+            elif write and self.host in ("zero", "shared"):
+                self.spte, self.host, path = "none", "own", "retry"
+            else:
+                self.host = {"absent": "own" if write else "zero", "unmarked": "own" if write else "unmarked"}.get(
+                    self.host, self.host
+                )
+                self.spte = "writable" if self.host == "own" else "read-only"
+                path = "fast not fixed" if present and write else "slow"
+            self.dirty |= self.logged and self.spte == "writable"
+            faults.append((present, path))
+        return faults
+
+    def act(self, what: str) -> None:
+        """An action on the log or of the host."""
+        if what == "log":
+            self.logged = not self.logged
+            if self.logged:
+                self.dirty = False
+        if (what == "log" and self.logged) or (what == "get" and self.logged and self.dirty):
+            self.spte = "protected" if self.spte == "writable" else self.spte
+        if what == "get" and self.logged:
+            self.dirty = False
+        if what in ("discard", "fork", "refs"):
+            self.spte = "none"
+        if what == "discard":
+            self.host = "absent"
+        if what == "fork" and self.host in ("own", "unmarked", "shared"):
+            self.host = "shared"
+        if what == "exit" and self.host == "shared":
+            self.host = "unmarked"  # this process's alone again, but read-only until the next store
+        if what == "refs" and self.host == "own":
+            self.host = "unmarked"
+
+
+ACTIONS = ["log", "get", "discard", "fork", "exit", "refs"]
+STEPS = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3)) | st.sampled_from(ACTIONS), min_size=1, max_size=40)
+
+
+@given(STEPS)
+@settings(max_examples=150, deadline=None)
+def test_direct_mmu_is_the_plain_page(steps: list[tuple[int, int] | str]) -> None:
+    """Faults of a TDP MMU are those of a few lines of plain Python for each page, whatever the host and the log do."""
+    machine = guest(4)
+    slot, pages = machine.memory.slots[0], [PlainPage() for _ in range(4)]
+    for step in steps:
+        if isinstance(step, tuple):
+            result = machine.run(0, stream([step[0]], [(RAM + step[1]) << 12]))
+            seen = [(bool(fault["code"] & np.uint64(1)), PATHS[fault["path"]]) for fault in result.faults]
+            assert seen == pages[step[1]].access(step[0] != READ)
+            continue
+        if step == "log":
+            machine.set_flags(slot, slot.flags ^ LOG_DIRTY_PAGES)
+        elif step == "get" and slot.logged:
+            assert machine.get_dirty_log(slot).tolist() == [page.dirty for page in pages]
+        elif step == "exit":
+            slot.backing.child_exits()
+        elif step in ("discard", "fork", "refs"):
+            {"discard": lambda: slot.backing.discard(0, 4), "fork": slot.backing.fork, "refs": slot.backing.clear_refs}[
+                step
+            ]()
+            machine.unmapped(slot.backing, 0, 4)
+        for page in pages:
+            page.act(step)
+
+
+def test_store_to_a_zero_page_faults_twice() -> None:
+    """The first fault breaks the sharing, the host's notice makes it stale; the second maps the copy."""
+    assert touch(guest(), (READ, 3), (WRITE, 3)) == ["slow", "retry", "slow"]
+
+
+def test_dirty_log_is_repaired_without_the_lock() -> None:
+    """After logging starts each page's first store is one fast fault, and the bitmap has its bit."""
+    machine = guest()
+    touch(machine, *((WRITE, page) for page in range(64)))
+    machine.set_flags(machine.memory.slots[0], LOG_DIRTY_PAGES)
+    assert touch(machine, *((WRITE, page) for page in range(0, 64, 2)), (READ, 1), (WRITE, 0)) == ["fast fixed"] * 32
+    assert np.flatnonzero(machine.get_dirty_log(machine.memory.slots[0])).tolist() == list(range(0, 64, 2))
+
+
+@pytest.mark.parametrize(("policy", "path"), [("none", "slow"), ("3.6", "fast fixed"), ("6.12", "fast fixed")])
+def test_policy_decides_the_path_and_not_the_bitmap(policy: str, path: str) -> None:
+    """Without a fast path the slow one repairs the same faults, and the log is the same."""
+    machine = guest(policy=policy)
+    touch(machine, (WRITE, 1), (WRITE, 2))
+    machine.set_flags(machine.memory.slots[0], LOG_DIRTY_PAGES)
+    assert touch(machine, (WRITE, 2)) == [path]
+    assert np.flatnonzero(machine.get_dirty_log(machine.memory.slots[0])).tolist() == [2]
+
+
+def test_only_the_2012_series_is_fast_on_shadow_pages() -> None:
+    """A paged guest on shadow pages takes the slow path for each dirty-log fault, but under the policy of 2012."""
+    scene = scenario.load(DATA / "npt0_C.json.gz")
+    player = play.Player(scene)
+    slow = player.play().faults
+    fast = play.Player(scene)
+    fast.guest.shadow.kernel = dataclasses.replace(fast.guest.kernel, policy="2012")
+    series = fast.play()
+    fixed = series.faults["path"] == kernel.FAST_FIXED
+    assert not (slow["path"] == kernel.FAST_FIXED).any() and fixed.sum() > 300
+    assert np.array_equal(slow["address"], series.faults["address"])
+    assert all(item.agrees for item in series.bitmaps)
+
+
+def test_large_spte_is_not_repaired_fast_under_a_log() -> None:
+    """The fast path would mark one page of 512, so it leaves a protected large spte to the slow path (6b73a9606)."""
+    backing = Backing(1024, huge=True, content=True)
+    backing.populate()
+    for release, later in (("6.1", "slow"), ("6.12", "fast fixed")):
+        machine = guest(1024, backing=backing, eager_page_split=False, release=release, layout=f"{release}-npt")
+        assert touch(machine, (WRITE, 0), (WRITE, 5), (READ, 700)) == ["slow", "slow"]
+        machine.set_flags(machine.memory.slots[0], LOG_DIRTY_PAGES)
+        # 6.1 drops the large spte for one small one; 6.12 splits it, so the neighbours are there, write-protected.
+        assert touch(machine, (WRITE, 5), (WRITE, 6)) == ["fast not fixed", later]
+        assert np.flatnonzero(machine.get_dirty_log(machine.memory.slots[0])).tolist() == [5, 6]
+
+
+def test_eager_split_leaves_only_fast_faults() -> None:
+    """Split when logging starts, a huge page gives one fast fault for each page stored to."""
+    backing = Backing(HUGE_PAGES, huge=True)
+    backing.populate()
+    machine = guest(HUGE_PAGES, backing=backing)
+    assert touch(machine, (WRITE, 9)) == ["slow"]
+    machine.set_flags(machine.memory.slots[0], LOG_DIRTY_PAGES)
+    assert touch(machine, *((WRITE, page) for page in range(0, 512, 8))) == ["fast fixed"] * 64
+
+
+def test_nx_huge_pages_are_split_by_a_fetch() -> None:
+    """With the mitigation on a large spte cannot be executed: a fetch faults with P and F and maps 4K instead."""
+    backing = Backing(HUGE_PAGES, huge=True)
+    backing.populate()
+    machine = guest(HUGE_PAGES, backing=backing, nx_huge_pages=True)
+    result = machine.run(0, stream([WRITE, FETCH, FETCH, WRITE], [(RAM + page) << 12 for page in (1, 2, 2, 3)]))
+    assert [hex(code) for code in result.faults["code"]] == ["0x100000006", "0x100000015", "0x100000006"]
+
+
+def test_prefetch_fills_the_aligned_eight() -> None:
+    """The legacy MMU fills up to seven neighbours from resident, writable host pages, the TDP MMU none."""
+    for tdp_mmu, faults in ((True, 16), (False, 2)):
+        backing = Backing(16)
+        backing.populate()
+        machine = guest(16, backing=backing, tdp_mmu=tdp_mmu)
+        assert len(touch(machine, *((READ, page) for page in range(16)))) == faults
+
+
+def test_prefetch_stops_where_the_host_has_nothing() -> None:
+    """A run of empty sptes is filled up to its first page that is not resident; not at all in a logged slot."""
+    backing = Backing(8)
+    backing.populate(0, 5)
+    assert len(touch(guest(8, backing=backing, tdp_mmu=False), (READ, 0), *((READ, page) for page in range(5)))) == 1
+    machine = guest(8, backing=backing, flags=LOG_DIRTY_PAGES, tdp_mmu=False)
+    assert len(touch(machine, (READ, 0), (READ, 1), (READ, 2))) == 3
+
+
+def test_store_to_a_readonly_slot_is_emulated_each_time() -> None:
+    """Reads map the page, stores leave as MMIO with or without an spte, and change nothing."""
+    backing = Backing(4, content=True)
+    backing.populate()
+    backing.bytes[:] = 0x33
+    machine = guest(4, READONLY, backing=backing)
+    assert touch(machine, (WRITE, 0), (READ, 0), (WRITE, 0), (WRITE, 0)) == ["emulate", "slow", "emulate", "emulate"]
+    assert (backing.bytes == 0x33).all()
+
+
+def test_mmio_spte_lives_as_long_as_its_generation() -> None:
+    """The first touch of a hole makes an MMIO spte; any change of the slots makes it stale, which one fault renews."""
+    machine = guest()
+    assert touch(machine, (READ, 100), (WRITE, 100), (READ, 100)) == ["MMIO"] * 3
+    machine.add_slot(7, 0x9000, 1)
+    result = machine.run(0, stream([READ, READ], [(RAM + 100) << 12] * 2))
+    assert [kernel.RETURNS[ret] for ret in result.faults["ret"]] == ["EMULATE", "none"]
+    assert [hex(code) for code in result.faults["code"]] == ["0x10000000d"] * 2
+    assert result.faults["old"][0] != result.faults["new"][0] == result.faults["old"][1]
+
+
+def test_full_ring_stops_the_access_that_filled_it() -> None:
+    """At its limit the vCPU leaves; the reset protects the last page too, so its store faults and is entered again."""
+    machine = guest(64)
+    machine.memory.ring_size = 64 + 16
+    touch(machine, *((WRITE, page) for page in range(64)))
+    machine.set_flags(machine.memory.slots[0], LOG_DIRTY_PAGES)
+    assert touch(machine, *((INCREMENT, page) for page in range(20))) == ["fast fixed"] * 21
+    assert [ring.tolist() for ring in machine.full_rings] == [list(range(16))]
+    assert machine.harvest(0).tolist() == [15, 16, 17, 18, 19]
+    words = machine.memory.words(machine.memory.slots[0], 4).reshape(64, -1)[:, 0]
+    assert words[:20].tolist() == [1] * 20  # every increment was made once
+
+
+def test_recorded_rings_hold_what_is_predicted() -> None:
+    """All harvests of the recorded ring scenario, the one at the full ring among them, entry by entry."""
+    rings = play.predict(scenario.load(DATA / "npt1_tdp1_K.json.gz")).rings
+    assert len(rings) == 5 and all(item.agrees for item in rings)
+
+
+def test_guest_sees_the_same_on_every_kernel() -> None:
+    """Values and #PFs of a scenario do not depend on nested paging, the MMU, the kernel or its switches."""
+    for name in ("npt1_tdp1_D", "npt1_tdp1_F", "npt1_tdp1_H", "npt1_tdp1_I"):
+        scene = scenario.load(DATA / f"{name}.json.gz")
+        for release in ("6.1.0", "6.12.0"):
+            for params in (
+                {"kvm_amd.npt": "Y", "kvm.tdp_mmu": "Y"},
+                {"kvm_amd.npt": "Y", "kvm.tdp_mmu": "N", "kvm.nx_huge_pages": "Y"},
+                {"kvm_amd.npt": "N", "kvm.mmio_caching": "N"},
+            ):
+                other = dataclasses.replace(scene, kernel=release, params={**scene.params, **params})
+                assert all(item.agrees for item in play.predict(other).values), (name, release, params)
+
+
+def test_other_paging_modes_fault_alike_on_shadow_pages() -> None:
+    """Two-level and PAE guests with the same program fault as often as one in long mode, and see the same."""
+    scene = scenario.load(DATA / "npt0_C.json.gz")
+    counts = []
+    for cr4, efer in ((0x20, 0xD01), (0x20, 0x800), (0, 0), (0x10, 0)):
+        events = tuple(e._replace(cr4=cr4, efer=efer) if isinstance(e, scenario.Vcpu) else e for e in scene.events)
+        said = play.predict(dataclasses.replace(scene, events=events))
+        assert all(item.agrees for item in said.values + said.bitmaps)
+        counts.append(len(said.faults))
+    assert len(set(counts)) == 1
+
+
+def test_ept_faults_carry_what_kvm_makes_of_a_qualification() -> None:
+    """On EPT a read is U, a write W, and an MMIO spte a misconfiguration: RSVD alone."""
+    machine = guest(layout="6.1-ept")
+    result = machine.run(
+        0, stream([READ, WRITE, WRITE, READ, READ], [(RAM + page) << 12 for page in (0, 0, 1, 99, 99)])
+    )
+    assert [hex(code) for code in result.faults["code"]] == [
+        "0x100000004", "0x100000003", "0x100000002", "0x100000002", "0x100000004", "0x8",
+    ]  # fmt: skip
+    assert spte.classify(result.faults["new"][2], "6.1-ept", level=1) == spte.WRITABLE
+
+
+def test_manual_protection_clears_only_what_is_named() -> None:
+    """Fetching the log changes nothing; clearing write-protects the dirty pages named and leaves the others."""
+    machine = guest(flags=0)
+    slot = machine.memory.slots[0]
+    machine.memory.manual = True
+    touch(machine, *((WRITE, page) for page in range(64)))
+    machine.set_flags(slot, LOG_DIRTY_PAGES)
+    touch(machine, *((WRITE, page) for page in range(8)))
+    assert machine.get_dirty_log(slot).sum() == machine.get_dirty_log(slot).sum() == 8
+    machine.clear_dirty_log(slot, 4, np.ones(60, dtype=np.bool))
+    assert np.flatnonzero(machine.get_dirty_log(slot)).tolist() == [0, 1, 2, 3]
+    assert touch(machine, (WRITE, 3), (WRITE, 4)) == ["fast fixed"]
+
+
+def test_second_vcpu_finds_what_the_first_mapped() -> None:
+    """Two vCPUs share one direct MMU: what one faulted in the other need not."""
+    machine = guest()
+    machine.vcpus[1] = VCPU(1)
+    assert touch(machine, (WRITE, 5)) == ["slow"]
+    assert touch(machine, (WRITE, 5), (READ, 6), vcpu=1) == ["slow"]
+
+
+@pytest.mark.parametrize("switches", [{}, {"tdp_mmu": False}, {"policy": "none"}])
+def test_drive_is_run_without_the_values(switches: dict[str, object]) -> None:
+    """Driven in pieces, kept or counted, a stream gives the faults and bitmaps that it gives when run."""
+    rng = np.random.default_rng(7)
+    machines = [guest(300, backing=Backing(300), **switches) for _ in range(3)]
+    for _ in range(5):
+        gva = (RAM + rng.integers(0, 300, 2000).astype(np.uint64)) << np.uint64(12)
+        accesses = stream(rng.choice([READ, WRITE, INCREMENT, FETCH], 2000), gva)
+        ran = machines[0].run(0, accesses).faults
+        pieces = [accesses.take(slice(start, start + 700)) for start in range(0, 2000, 700)]
+        kept = machines[1].drive(0, pieces, keep=True)
+        counted = machines[2].drive(0, pieces)
+        names = [name for name in FAULT.names if name not in ("order", "old", "new")]  # frames come in another order
+        assert np.array_equal(ran[names], kept.faults[names])
+        assert kept.counts.tolist() == counted.counts.tolist() == np.bincount(ran["path"], minlength=9).tolist()
+        logs = []
+        for machine in machines:
+            slot = machine.memory.slots[0]
+            logs.append(machine.get_dirty_log(slot).tolist() if slot.logged else None)
+            machine.set_flags(slot, LOG_DIRTY_PAGES)
+        assert logs[0] == logs[1] == logs[2]
+
+
+def test_drive_refuses_what_it_cannot_do() -> None:
+    """Guests that keep bytes are for run, and so are control operations."""
+    with pytest.raises(ValueError, match="use run"):
+        guest().drive(0, [])
+    with pytest.raises(ValueError, match="op is 4; drive takes 0 to 3 only"):
+        guest(backing=Backing(64)).drive(0, [stream([vm.INVLPG], [0])])
+
+
+def plain_words(memory: list[int], accesses: list[tuple[int, int, int]]) -> list[int]:
+    """Reads, writes and increments on words, one after the other."""
+    found = []
+    for word, op, value in accesses:
+        if op == WRITE:
+            memory[word] = value
+        elif op == INCREMENT:
+            memory[word] = memory[word] + 1 & 0xFFFFFFFF
+        found.append(memory[word] if op == READ else 0)
+    return found
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2), st.integers(0, 0xFFFFFFFF)), min_size=1, max_size=40))
+@settings(max_examples=200, deadline=None)
+def test_words_are_as_if_one_after_the_other(accesses: list[tuple[int, int, int]]) -> None:
+    """What each read finds, and what memory holds in the end, is what a plain loop gives."""
+    memory, plain = np.full(4, 0xFFFFFFFE, dtype=np.uint32), [0xFFFFFFFE] * 4
+    word, op, value = (np.array(column) for column in zip(*accesses, strict=True))
+    found = replay_words(memory, word.astype(np.int64), op.astype(np.uint8), value.astype(np.uint64))
+    assert (found & np.uint64(0xFFFFFFFF)).tolist() == plain_words(plain, accesses)
+    assert memory.tolist() == plain
+
+
+def test_wrong_arguments_are_named() -> None:
+    """Errors say what was given and what was expected."""
+    with pytest.raises(ValueError, match="op is 9; expected 0 to 6"):
+        stream([9], [0])
+    with pytest.raises(ValueError, match="release is '5\\.4'"):
+        Kernel(release="5.4")
+    with pytest.raises(ValueError, match="policy is 'quick'"):
+        Kernel(policy="quick")
+    with pytest.raises(ValueError, match="a backing has 0 pages"):
+        Backing(0)
+    machine = guest()
+    with pytest.raises(ValueError, match=r"vCPU 3 does not exist; expected one of \[0\]"):
+        machine.run(3, stream([READ], [0]))
+    with pytest.raises(ValueError, match=r"slot 2 at gfn 0x1020 overlaps slot 1"):
+        machine.add_slot(2, 0x1020, 4)
+    with pytest.raises(ValueError, match="slot 3 has 9 pages; its backing has 8"):
+        machine.add_slot(3, 0x9000, 9, 0, Backing(8))
+
+
+def test_paths_and_returns_have_their_names() -> None:
+    """The names that records carry numbers of are those the book uses."""
+    assert list(PATHS[:7]) == NAMES and kernel.RETURNS[kernel.RET_FIXED] == "FIXED"
+    assert vm.OPS == scenario.OPS
