@@ -384,7 +384,9 @@ class DirectMMU:
         fill = np.zeros(at.shape, dtype=np.bool)
         alive = ~logged & ~readonly
         for start in range(PREFETCH):
-            opens = empty[:, start] & alive & (empty[:, start - 1] == False if start else True)  # noqa: E712
+            opens = alive & empty[:, start]  # a run begins here
+            if start:
+                opens &= ~empty[:, start - 1]
             if not opens.any():
                 continue
             run = np.logical_and.accumulate(empty[:, start:], axis=1) & opens[:, None]

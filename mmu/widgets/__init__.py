@@ -8,6 +8,7 @@ from mmu.widgets.codes import CodePlayer
 from mmu.widgets.contention import ContentionPlayer
 from mmu.widgets.fault import FaultPlayer
 from mmu.widgets.idfield import IdFieldPlayer
+from mmu.widgets.place import PlacePlayer
 from mmu.widgets.player import Player, bundle, style
 from mmu.widgets.question import Question
 from mmu.widgets.race import RacePlayer, counterexample
@@ -19,6 +20,7 @@ __all__ = [
     "ContentionPlayer",
     "FaultPlayer",
     "IdFieldPlayer",
+    "PlacePlayer",
     "Player",
     "Question",
     "RacePlayer",
