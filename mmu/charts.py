@@ -148,12 +148,14 @@ def deals(row: Comparison) -> Picture:
     with canvas(7.0, 1.7) as figure:
         axes = figure.add_subplot()
         as_good = order <= seen + 1e-9
-        axes.bar(np.arange(order.size)[as_good], order[as_good], color=FAST, width=0.8)
+        place = np.arange(order.size, dtype=np.int64)
+        axes.bar(place[as_good], order[as_good], color=FAST, width=0.8)
         rest = {"color": PAPER, "edgecolor": LOCK, "hatch": "////", "linewidth": 1}
-        axes.bar(np.arange(order.size)[~as_good], order[~as_good], width=0.8, **rest)
+        axes.bar(place[~as_good], order[~as_good], width=0.8, **rest)
         axes.axhline(0, color=INK, linewidth=0.8)
         axes.axhline(seen, color=INK, linewidth=1, linestyle="--")
-        axes.text(order.size - 0.4, seen, f"as measured: {seen:+.1f} s".replace("-", "−"), size=9, va="bottom", ha="right", color=INK)
+        measured = f"as measured: {seen:+.1f} s".replace("-", "−")
+        axes.text(order.size - 0.4, seen, measured, size=9, va="bottom", ha="right")
         axes.set(xlim=(-0.7, order.size - 0.3), ylabel="after − before, s", xlabel="all ways to deal the runs")
         axes.set_xticks([])
     return Picture(
