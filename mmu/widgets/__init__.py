@@ -5,6 +5,7 @@ which shows it; :mod:`mmu.widgets.player` is what they share.
 """
 
 from mmu.widgets.codes import CodePlayer
+from mmu.widgets.contention import ContentionPlayer
 from mmu.widgets.fault import FaultPlayer
 from mmu.widgets.idfield import IdFieldPlayer
 from mmu.widgets.place import PlacePlayer
@@ -16,6 +17,7 @@ from mmu.widgets.walk import WalkPlayer
 
 __all__ = [
     "CodePlayer",
+    "ContentionPlayer",
     "FaultPlayer",
     "IdFieldPlayer",
     "PlacePlayer",
