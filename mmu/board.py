@@ -191,6 +191,10 @@ class Board:
             return f"but the store buffer of vCPU {actor} is empty"
         if local.label in (DONE, OOPS):
             return f"but vCPU {actor} is done"
+        steps = [step for path in self.machine.program.paths[actor].values() for step in path]
+        waiting = next((step for step in steps if step.label == local.label), None)
+        if waiting and waiting.text.startswith("wait "):
+            return f"but vCPU {actor} waits at {local.label} until {waiting.text.removeprefix('wait ')}"
         if local.buffer:
             return f"but vCPU {actor} waits at {local.label or 'its start'} until its store buffer is empty"
         return f"but vCPU {actor} waits at {local.label or 'its first step'} for the lock"
