@@ -253,7 +253,7 @@ def price(
     Args:
         vcpus, write_share, hold: the settings ``# (setting,)``; ``hold`` in µs replaces the fitted one.
         rng: where all randomness comes from.
-        faults: faults counted in each of ``SPREAD`` replicas.
+        faults: faults counted in each of 8 replicas.
         access: µs of guest time an access; the fitted model's unless given.
     """
     model = fit()

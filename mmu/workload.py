@@ -80,14 +80,10 @@ Steps = Generator[Step, int, None]
 class Workload:
     """A guest's shape, and what it does.
 
-    Attributes:
-        name: as in ``WORKLOADS``.
-        ram, frame_buffer: pages of the two slots; no frame buffer where that is 0.
-        steps: given a generator and the guest's layout, yields steps; a :class:`Sync` is answered by its dirty pages.
-        vcpus: how many vCPUs make accesses.
-        processes: how many address spaces have page tables of their own, beside the first.
-        fresh: True when no page is mapped yet at the start.
-        seconds: how long one round lasts on the machine that was measured; 0 where that has no meaning.
+    ``ram`` and ``frame_buffer`` are pages (no frame buffer where that is 0). ``steps``, given a generator and the
+    guest's layout, yields steps; a :class:`Sync` is answered by the number of dirty pages. ``vcpus`` make accesses, and
+    ``processes`` address spaces have page tables beside the first. ``fresh``: no page is mapped yet. A round lasts
+    ``seconds`` on the machine that was measured; 0 where that has no meaning.
     """
 
     name: str
