@@ -149,7 +149,7 @@ def _before(times: Floats, at: Floats) -> Index:
 
 @dataclass(frozen=True)
 class Walks:
-    """Drawn walks: begin and end of each, in order, ns ``# (replica, vcpu, walk)``; complete up to :attr:`span`."""
+    """Drawn walks: begin and end of each, in order, ns ``# (replica, vcpu, walk)``; complete up to ``span``."""
 
     begin: Floats = field(repr=False)
     end: Floats = field(repr=False)
@@ -159,7 +159,7 @@ class Walks:
         """When all walks that were under way at each time have ended; that time itself where none was.
 
         Args:
-            at: times up to :attr:`span` ``# (replica, query)``.
+            at: times up to ``span`` ``# (replica, query)``.
 
         Raises:
             ValueError: a time after the span.
