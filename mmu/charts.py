@@ -121,13 +121,12 @@ def explained(interval: float = 0.030, strides: Sequence[int] = (2000, 4096)) ->
         middle = np.sqrt(min(rates) * max(rates)) / 1e3
         axes.text(0.115, middle, "500 rows at each refresh", va="center", size=9, bbox=plate)
         axes.text(max(saved) * 1.06, 250, "saved a page,\nre-spins of 2012\n(1 GiB inferred)", size=8, va="center")
-        for mmu, style, x, side, lift in (("EPT", "-", 2.4, "right", 0.55), ("soft MMU", "--", 2.2, "left", 1.45)):
+        for mmu, style, x, y in (("EPT", "-", 0.115, 26), ("soft MMU", "--", 2.2, 45)):
             gain = trials.seed("x11perf -comppixwin500", mmu).gain
             rate = cost.rate_to_explain(gain, span) / 1e3
             axes.plot(span, rate, color=INK, linewidth=2, linestyle=style)
             label = f"{mmu}: {100 * gain:.1f} % of the time"
-            y = lift * float(cost.rate_to_explain(gain, x)) / 1e3
-            axes.text(x, y, label, size=9, va="center", ha=side)
+            axes.text(x, y, label, size=9, va="center")
             low, high = (float(cost.saving_to_explain(gain, each)) for each in (max(rates), min(rates)))
             needed.append(f"{mmu} {low:.1f} to {high:.1f}")
         _log(axes, "x", [0.1, 0.3, 1, 3, 10, 30])
@@ -149,12 +148,14 @@ def deals(row: Comparison) -> Picture:
     with canvas(7.0, 1.7) as figure:
         axes = figure.add_subplot()
         as_good = order <= seen + 1e-9
-        axes.bar(np.arange(order.size)[as_good], order[as_good], color=FAST, width=0.8)
+        place = np.arange(order.size, dtype=np.int64)
+        axes.bar(place[as_good], order[as_good], color=FAST, width=0.8)
         rest = {"color": PAPER, "edgecolor": LOCK, "hatch": "////", "linewidth": 1}
-        axes.bar(np.arange(order.size)[~as_good], order[~as_good], width=0.8, **rest)
+        axes.bar(place[~as_good], order[~as_good], width=0.8, **rest)
         axes.axhline(0, color=INK, linewidth=0.8)
         axes.axhline(seen, color=INK, linewidth=1, linestyle="--")
-        axes.text(order.size - 0.4, seen, f"as measured: {seen:+.1f} s", size=9, va="bottom", ha="right", color=INK)
+        measured = f"as measured: {seen:+.1f} s".replace("-", "−")
+        axes.text(order.size - 0.4, seen, measured, size=9, va="bottom", ha="right")
         axes.set(xlim=(-0.7, order.size - 0.3), ylabel="after − before, s", xlabel="all ways to deal the runs")
         axes.set_xticks([])
     return Picture(

@@ -233,7 +233,7 @@ class Price(NamedTuple):
 def faults_per_access(write_share: float, rng: np.random.Generator) -> float:
     """Write-protect faults an access of a settled guest under EPT, one dirty-log read every four accesses a page.
 
-    Counted by :mod:`mmu.vm`, not computed.
+    Counted by ``mmu.vm``, not computed.
     """
     tally = play(steady_state(write_share=write_share), with_policy("EPT", "6.1"), rng)
     return float(tally.write_protect[1:-1].sum() / tally.accesses[1:-1].sum())
@@ -253,7 +253,7 @@ def price(
     Args:
         vcpus, write_share, hold: the settings ``# (setting,)``; ``hold`` in µs replaces the fitted one.
         rng: where all randomness comes from.
-        faults: faults counted in each of ``SPREAD`` replicas.
+        faults: faults counted in each of 8 replicas.
         access: µs of guest time an access; the fitted model's unless given.
     """
     model = fit()

@@ -202,11 +202,14 @@ def explore(
         elif bad_depth is None:
             result.verdict = SAFE
     except KeyboardInterrupt:
-        result.stopped = "interrupted"
+        result.complete, result.stopped = False, "interrupted"
     except (OutOfRoom, MemoryError) as error:
         result.stopped = str(error) or "out of memory"
-    if bad_depth is not None:
-        result.counterexample = _shortest(space, judge, bad_depth)
+    try:
+        if bad_depth is not None:
+            result.counterexample = _shortest(space, judge, bad_depth)
+    except KeyboardInterrupt:
+        result.complete, result.stopped = False, "interrupted"
     return result
 
 

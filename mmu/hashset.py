@@ -33,12 +33,23 @@ class HashSet:
 
     def _clear(self, bits: int) -> None:
         self.bits = bits
+        self.slots = np.zeros(0, dtype=np.int32)  # let go of the old slots before asking for more
         self.slots = np.full(1 << bits, -1, dtype=np.int32)  # (slot,) -> row
 
     @property
     def nbytes(self) -> int:
         """How much room the set takes."""
         return self.words.nbytes + self.slots.nbytes
+
+    def bytes_for(self, more: int) -> int:
+        """How much room adding so many rows may take, old arrays beside new ones included."""
+        most = self.size + more
+        words, slots = self.words.nbytes, self.slots.nbytes
+        if most > self.words.shape[1]:
+            words += 8 * len(self.words) * self._roomier(most)
+        if 2 * most > len(self.slots):
+            slots = 4 << int(2 * most).bit_length() + 1
+        return words + slots
 
     def add(self, rows: Rows) -> NDArray[np.intp]:
         """Add rows; returns the positions of those that were not in the set, in order, each value once."""
@@ -71,12 +82,15 @@ class HashSet:
     def _reserve(self, most: int) -> None:
         """Room for so many rows, with half of the slots free."""
         if most > self.words.shape[1]:
-            wider = np.zeros((len(self.words), max(most, 2 * self.words.shape[1])), dtype=np.uint64)
+            wider = np.zeros((len(self.words), self._roomier(most)), dtype=np.uint64)
             wider[:, : self.size] = self.words[:, : self.size]
             self.words = wider
         if 2 * most > len(self.slots):
             self._clear(int(2 * most).bit_length() + 1)
             self._place(np.arange(self.size, dtype=np.intp), self._slot(self.words[:, : self.size].T))
+
+    def _roomier(self, most: int) -> int:
+        return max(most, self.words.shape[1] * 3 // 2)
 
     def _slot(self, rows: Rows) -> NDArray[np.intp]:
         mixed = np.zeros(len(rows), dtype=np.uint64)

@@ -12,6 +12,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from mmu.hashset import HashSet
 from mmu.machine import Actor, Machine, State
 
 MAX_BYTES = 1 << 30
@@ -155,13 +156,14 @@ class Space:
     """Every state of a machine, each a key of 64 bits: joint state of the first half, shared words, of the second half.
 
     One byte a state tells whether it was seen. The bytes lie row by row; a row is what the first half and the shared
-    words are, numbered when first met, so what excludes each other (two vCPUs holding the lock) takes no room.
+    words are, numbered when first met, so what excludes each other (two vCPUs holding the lock) takes no room. When the
+    bytes outgrow their bound, which they do before the states do, a hash set of keys takes their place.
     """
 
     _NOWHERE = np.int64(1) << np.int64(62)
 
     def __init__(self, machine: Machine, max_bytes: int = MAX_BYTES) -> None:
-        self.machine, self.max_bytes = machine, max_bytes
+        self.machine, self.max_bytes, self.max_map = machine, max_bytes, max_bytes
         vcpus = len(machine.actors)
         # the second half takes the odd actor: a row is then as long, and rows as few, as can be
         self.high = _Half(machine, range(vcpus // 2), ends_key=False)
@@ -173,6 +175,7 @@ class Space:
 
     def _lay_out(self) -> None:
         """Place the parts of a key; forget what was seen."""
+        self.hash: HashSet | None = None
         self.low_bits = self.low.bits
         self.low_mask = (1 << self.low_bits) - 1
         self.row_mask = (1 << self.low_bits + self.machine.shared_bits) - 1
@@ -204,12 +207,31 @@ class Space:
         return (base + keys).astype(np.intp, copy=False)
 
     def _reserve(self, need: int) -> None:
-        """Room for this many seen-bytes, and some to spare."""
-        if need > self.max_bytes:
-            raise OutOfRoom(f"{need} bytes to mark the states seen are more than the {self.max_bytes} allowed")
-        if need > len(self.seen):
-            room = min(need + (need >> 2 if need > 1 << 24 else need), self.max_bytes)
+        """Room for this many seen-bytes, and some to spare; where there is none, a hash set takes over."""
+        if need > self.max_map:
+            known = self._known()
+            self.seen = np.zeros(0, dtype=np.uint8)
+            self._hash(known)
+        elif need > len(self.seen):
+            room = min(need + (need >> 2 if need > 1 << 24 else need), self.max_map)
             self.seen.resize(room, refcheck=False)  # in place, where a copy would take the bytes twice
+
+    def _known(self) -> Keys:
+        """Every key whose byte is set."""
+        rows = np.flatnonzero(self.base != self._NOWHERE)
+        of_number = np.zeros(self.rows, dtype=np.int64)
+        of_number[(self.base[rows] >> self.low_bits) + rows] = rows
+        length = 1 << self.low_bits
+        found = [np.zeros(0, dtype=np.int64)]
+        for at in range(0, len(self.seen), MAX_JOINT):
+            places = np.flatnonzero(self.seen[at : at + MAX_JOINT]).astype(np.int64) + at
+            found.append(of_number[places >> self.low_bits] << self.low_bits | places & length - 1)
+        return np.concatenate(found)
+
+    def _hash(self, known: Keys) -> None:
+        """Keep what was seen in a hash set, which takes more bytes a state but none for states that are not there."""
+        self.hash = HashSet(words=1)
+        self.hash.add(self.codes(known))
 
     def _fresh(self, keys: Keys) -> Keys:
         """The keys not seen before, each once; they are marked as seen.
@@ -217,7 +239,12 @@ class Space:
         A key that stands twice must count once. All its copies write into one byte and one of them prevails; a byte has
         255 tags for 65,025 copies at most, so a second round with a second tag tells those apart that shared the first.
         """
-        places = self._places(keys)
+        if self.hash is None:
+            places = self._places(keys)
+        if self.hash is not None:
+            if self.hash.bytes_for(len(keys)) > self.max_bytes:
+                raise OutOfRoom(f"{self.hash.size} states and more do not fit into {self.max_bytes} bytes")
+            return keys[self.hash.add(self.codes(keys))]
         pick = np.flatnonzero(self.seen[places] == 0)
         places, keys = places[pick], keys[pick]
         tag = _TAG[: len(keys)]
@@ -242,21 +269,22 @@ class Space:
         return self._widen(frontier)
 
     def _widen(self, frontier: Keys) -> Keys:
+        """Give the halves the room that they need; keys of the frontier, and of what was seen, change with it."""
         old = self.low_bits
-        if self.high.make_room():
+        if self.high.make_room() and self.hash is None:
             base = np.full(1 << self.high.bits + self.machine.shared_bits, self._NOWHERE, dtype=np.int64)
             base[: len(self.base)] = self.base
             self.base = base
-        if self.low.make_room():  # every row becomes longer: lay the seen-bytes out anew
-            seen = self.seen[: self.rows << old].reshape(-1, 1 << old)
-            known = np.flatnonzero(self.base != self._NOWHERE)
-            number = (self.base[known] >> old) + known
+        if self.low.make_room():
+            known = self._known() if self.hash is None else self.hash.words[0, : self.hash.size].astype(np.int64)
+            hashed = self.hash is not None
             self._lay_out()
-            self.rows = len(seen)
-            self.base[known] = (number - known) << self.low_bits
-            self._reserve(self.rows << self.low_bits)
-            self.seen[: self.rows << self.low_bits].reshape(self.rows, -1)[:, : 1 << old] = seen
-            frontier = frontier >> old << self.low_bits | frontier & (1 << old) - 1
+            frontier, known = (keys >> old << self.low_bits | keys & (1 << old) - 1 for keys in (frontier, known))
+            if hashed:
+                self._hash(known)
+            else:
+                for at in range(0, len(known), len(_TAG)):
+                    self._fresh(known[at : at + len(_TAG)])
         return frontier
 
     def _moves(self, half: _Half, keys: Keys) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:

@@ -1,6 +1,6 @@
 """Many settings, one answer each, on whatever machines there are.
 
-:func:`sweep` hands settings to any :class:`concurrent.futures.Executor`: none at all (one after the other, here),
+:func:`sweep` hands settings to any ``concurrent.futures.Executor``: none at all (one after the other, here),
 ``ProcessPoolExecutor`` for this machine's cores, or the executor of a Dask cluster
 (``dask.distributed.Client(...).get_executor()``; ``pip install mmu[dask]``). Each setting has a random generator of its
 own, made from the seed and the setting's place, so the answers do not depend on who computed them, or when, or twice.

@@ -1,7 +1,7 @@
 """What guests do: streams of accesses, and the actions between them, of the benchmarks that the book speaks of.
 
 A :class:`Workload` is a shape of memory and a function that yields steps: accesses of a vCPU, dirty-log reads. The same
-steps run on any kernel: :func:`play` lets a :class:`~mmu.vm.Guest` take them and counts its faults, round by round.
+steps run on any kernel: :func:`play` lets a guest of ``mmu.vm`` take them and counts its faults, round by round.
 Guest page tables are real: under EPT or NPT the CPU walks them, under the soft MMU KVM shadows them.
 
 Every parameter of a workload has its source in :data:`SOURCES`; all chance comes from the generator that the caller
@@ -42,7 +42,7 @@ _ENTRIES = 512
 
 
 def with_policy(mmu: str, policy: str) -> Kernel:
-    """A kernel of :data:`KERNELS` with another of :data:`mmu.kernel.POLICIES`."""
+    """A kernel of :data:`KERNELS` with another of the policies of ``mmu.kernel``."""
     return replace(KERNELS[mmu], policy=policy)
 
 
@@ -57,8 +57,10 @@ class Access(NamedTuple):
 
 
 class Sync(NamedTuple):
-    """User space reads a slot's dirty log, which write-protects what was dirty; ends a round. Answered by the number of
-    dirty pages."""
+    """User space reads a slot's dirty log, which write-protects what was dirty, and ends a round.
+
+    The answer is the number of dirty pages.
+    """
 
     slot: int
 
@@ -78,14 +80,10 @@ Steps = Generator[Step, int, None]
 class Workload:
     """A guest's shape, and what it does.
 
-    Attributes:
-        name: as in ``WORKLOADS``.
-        ram, frame_buffer: pages of the two slots; no frame buffer where that is 0.
-        steps: given a generator and the guest's layout, yields steps; a :class:`Sync` is answered by its dirty pages.
-        vcpus: how many vCPUs make accesses.
-        processes: how many address spaces have page tables of their own, beside the first.
-        fresh: True when no page is mapped yet at the start.
-        seconds: how long one round lasts on the machine that was measured; 0 where that has no meaning.
+    ``ram`` and ``frame_buffer`` are pages (no frame buffer where that is 0). ``steps``, given a generator and the
+    guest's layout, yields steps; a :class:`Sync` is answered by the number of dirty pages. ``vcpus`` make accesses, and
+    ``processes`` address spaces have page tables beside the first. ``fresh``: no page is mapped yet. A round lasts
+    ``seconds`` on the machine that was measured; 0 where that has no meaning.
     """
 
     name: str
@@ -100,8 +98,11 @@ class Workload:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where things lie. Virtual and guest-physical page numbers are the same: memory, the frame buffer, and from the
-    next 2 MiB on the page tables, so that no leaf table maps both data and tables."""
+    """Where things lie in a guest.
+
+    Virtual and guest-physical page numbers are the same: memory, the frame buffer, and from the next 2 MiB on the page
+    tables, so that no leaf table maps both data and tables.
+    """
 
     ram: int
     frame_buffer: int

@@ -325,15 +325,20 @@ def test_marks_of_others_remembered():
         explore(looping(7, "cmpxchg-id"), "SC", canonical=True)
 
 
+STEPS_UP = "".join(f"    G{k}  a = {k}\n" for k in range(1, 9))
+LOOKING = ("".join(f"    L{v}_{k}  wait a >= {k}\n" for k in range(1, 9)) for v in (0, 1))
+GROWING = Program(
+    f"word a(9)\ngo:\n    G0  smp_mb\n{STEPS_UP}" + "".join(f"look{v}:\n{steps}" for v, steps in enumerate(LOOKING)),
+    [["go"], ["look0"], ["look1"], ["look0"]],
+)
+
+
 def test_a_half_that_grows(monkeypatch):
     """Joint states that a half cannot reach by itself are met later, and widen every key on the way."""
-    first = "word a(9)\ngo:\n    G0  smp_mb\n" + "".join(f"    G{k}  a = {k}\n" for k in range(1, 9))
-    second = "".join(f"look{v}:\n" + "".join(f"    L{v}_{k}  wait a >= {k}\n" for k in range(1, 9)) for v in (0, 1))
-    here = Program(first + second, [["go"], ["look0"], ["look1"]])
     monkeypatch.setattr(space, "SMALL", 0)
     for memory in ("SC", "TSO"):
-        states, transitions, depth, _, _ = interpreter.search(here, memory)
-        found = explore(here, memory)
+        states, transitions, depth, _, _ = interpreter.search(GROWING, memory)
+        found = explore(GROWING, memory)
         assert (found.states, found.transitions, found.depth) == (states, transitions, depth)
 
 
@@ -394,7 +399,7 @@ def test_values_that_do_not_fit():
 
 def test_bounds_leave_a_partial_result():
     """A bound on states or bytes stops the search with what it knows, and never with a verdict of safe."""
-    for bound in ({"max_states": 5000}, {"max_bytes": 100_000}):
+    for bound in ({"max_states": 5000}, {"max_bytes": 300_000}):
         for canonical in (False, True):
             partial = explore(looping(5), "TSO", canonical=canonical, **bound)
             assert (partial.complete, partial.verdict) == (False, "unknown")
@@ -402,6 +407,25 @@ def test_bounds_leave_a_partial_result():
     early = explore(looping(4, "shared-id"), "SC", max_states=10_000)
     assert (early.complete, early.verdict, len(early.lines())) == (False, "OOPS", 13)
     assert explore(looping(40), "TSO").stopped.startswith("20 actors have")
+
+
+@pytest.mark.parametrize("small", [0, space.SMALL])
+def test_a_hash_set_takes_over(monkeypatch, small):
+    """When the seen-bytes outgrow their bound a hash set takes over in mid-search, and all counts stay the same."""
+    monkeypatch.setattr(space, "SMALL", small)
+    for here in (looping(4), one_shot(5, "shared-id"), GROWING):
+        machine, counts = Machine(here, "TSO"), []
+        for share in (None, 3):
+            every = space.Space(machine)
+            every.max_map = len(counts[0][2]) // share if share else every.max_map
+            frontier, states, transitions = every.begin(), 0, 0
+            while frontier.size:
+                states += len(frontier)
+                frontier, moves = every.advance(frontier)
+                transitions += moves
+            counts.append((states, transitions, every.seen, every.hash is not None))
+        assert counts[0][:2] == counts[1][:2]
+        assert [hashed for *_, hashed in counts] == [False, True]
 
 
 def test_an_interrupt_leaves_a_partial_result():

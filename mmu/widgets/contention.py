@@ -18,7 +18,7 @@ HOLDS = (0.05, 0.1, 0.2, 0.5, 1.0)
 class ContentionPlayer(Player):
     """Choose vCPUs, the share of writes and how long the lock is held; see the accesses a second with and without it.
 
-    Each setting is a run of the core: :mod:`mmu.vm` counts the faults, :mod:`mmu.queueing` lets them wait. With a
+    Each setting is a run of the core: ``mmu.vm`` counts the faults, :mod:`mmu.queueing` lets them wait. With a
     kernel, other lists give other settings, computed anew. Chapter 11.
 
     Args:

@@ -34,7 +34,10 @@ def plain(faults: int, seed: int) -> float:
 
 
 def rows(replicas: int = REPLICAS, faults: int = FAULTS, runs: int = 3) -> list[dict[str, object]]:
-    """Two rows: arbitrary times with a queue, and the memoryless special case; each has first shown the right rate."""
+    """Arbitrary times with a queue, the memoryless special case, and how the first grows with the number of vCPUs.
+
+    The first two have shown the right rate before they are timed.
+    """
     rng = np.random.default_rng(2012)
     many = np.full(replicas, VCPUS, dtype=np.int64)
     general, special, peer = [], [], []
@@ -54,6 +57,7 @@ def rows(replicas: int = REPLICAS, faults: int = FAULTS, runs: int = 3) -> list[
         if abs(rate.mean() / right - 1) > 0.05:
             raise AssertionError(f"rates differ: {rate.mean()} against {right}; a speed would mean nothing")
     theirs = statistics.median(peer)
+    growth = [(vcpus, _speed(vcpus, rng)) for vcpus in (4, 16, 254)]
     names = [f"FIFO lock, arbitrary times, {VCPUS} vCPUs", f"the memoryless special case, {VCPUS} vCPUs"]
     return [
         {
@@ -67,7 +71,27 @@ def rows(replicas: int = REPLICAS, faults: int = FAULTS, runs: int = 3) -> list[
             "met": mine >= TARGET,
         }
         for name, mine in zip(names, map(statistics.median, (general, special)), strict=True)
+    ] + [
+        {
+            "name": f"FIFO lock, arbitrary times, {vcpus} vCPUs, 1,024 replicas",
+            "ours": round(mine / 1e6, 2),
+            "peer": f"the same with {VCPUS} vCPUs",
+            "peer_value": round(statistics.median(general) / 1e6, 2),
+            "unit": "million faults/s",
+            "ratio": round(mine / statistics.median(general), 2),
+            "target": "none: how the cost grows",
+            "met": None,
+        }
+        for vcpus, mine in growth
     ]
+
+
+def _speed(vcpus: int, rng: np.random.Generator) -> float:
+    """Fault events a second with another number of vCPUs."""
+    many = np.full(1024, vcpus, dtype=np.int64)
+    start = time.perf_counter()
+    simulate(many, THINK, HOLD, rng=rng, faults=1000, warmup=0, hold_law=uniform)
+    return 1024 * 1000 / (time.perf_counter() - start)
 
 
 if __name__ == "__main__":
