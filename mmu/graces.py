@@ -1,6 +1,6 @@
 """The pictures of chapter 5: a grace period among the walks it waits for, and the curves of the two schemes.
 
-They draw what :mod:`mmu.readers` simulated and what its formulas say; they compute nothing but the numbers of their text.
+They draw what :mod:`mmu.readers` simulated and what its formulas say, and compute only the numbers of their text.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def grace_period(walks: Walks, at: float, before: float, after: float) -> Pictur
             for walk in np.flatnonzero((end[vcpu] > top) & (begin[vcpu] < bottom)).tolist():
                 held = bool(met[vcpu, walk])
                 first, last = max(begin[vcpu, walk], top), min(end[vcpu, walk], bottom)
-                axes.plot([vcpu, vcpu], [first, last], color=FAST, linewidth=6.0 if held else 2.0, solid_capstyle="butt")
+                axes.plot(
+                    [vcpu, vcpu], [first, last], color=FAST, linewidth=6.0 if held else 2.0, solid_capstyle="butt"
+                )
                 for edge in (begin[vcpu, walk], end[vcpu, walk]):
                     if top <= edge <= bottom:
                         axes.plot(vcpu, edge, marker="o", color=FAST, markerfacecolor=PAPER, markersize=6)
@@ -69,9 +71,9 @@ def grace_period(walks: Walks, at: float, before: float, after: float) -> Pictur
         axes.spines[:].set_visible(False)
     return Picture(
         figure,
-        f"{vcpus} vCPUs walk; when the page is unlinked, {int(met.sum())} of them inside a walk. The last of these ends "
-        f"{freed - at:.0f} ns later, and then the page is freed. Not waited for: walks that began in between, "
-        f"{int(later.sum())} of them.",
+        f"{vcpus} vCPUs walk; when the page is unlinked, {int(met.sum())} of them are inside a walk. The last of "
+        f"these ends {freed - at:.0f} ns later, and then the page is freed. Not waited for: walks that began in between, "
+        f"{int(later.sum())} in all.",
     )
 
 
@@ -93,7 +95,9 @@ def curves(panels: Mapping[str, Sequence[Curve]], x: str) -> Picture:
     """
     findings = []
     with canvas(7.0, 3.5) as figure:
-        for axes, (measure, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for axes, (measure, lines) in zip(
+            figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+        ):
             axes.set(xscale="log", yscale="log", xlabel=x, ylabel=measure)
             points = sorted({value for curve in lines for value in curve.x})
             axes.set_xticks(points[:: max(1, -(-len(points) // 4))], minor=False)
@@ -113,7 +117,9 @@ def _draw_curve(axes: Axes, curve: Curve, style: Mapping[str, str]) -> None:
     if curve.line is not None:
         axes.plot(curve.x, curve.line, color=style["color"], linestyle=style["linestyle"], linewidth=1.6)
     if curve.dots is not None:
-        joined = {"linestyle": "none"} if curve.line is not None else {"linestyle": style["linestyle"], "linewidth": 1.0}
+        joined = (
+            {"linestyle": "none"} if curve.line is not None else {"linestyle": style["linestyle"], "linewidth": 1.0}
+        )
         mark = {"marker": style["marker"], "markersize": 5.0, "markerfacecolor": PAPER, "color": style["color"]}
         axes.plot(curve.x, curve.dots, **mark, **joined)
 

@@ -19,7 +19,9 @@ KEPT = {"walk": ("if not entry", "if freed: oops"), "free": ("entry = 0", "freed
 SCHEMES = ("walk-reader-counter", "walk-mode", "walk-rcu")
 
 
-def protected(memory: str = "TSO", sizes: Iterable[int] = (2, 3), no_shared_writes: bool = False) -> Callable[[str], Result]:
+def protected(
+    memory: str = "TSO", sizes: Iterable[int] = (2, 3), no_shared_writes: bool = False
+) -> Callable[[str], Result]:
     """Protect a walk: the answer is a text with the paths ``walk`` and ``free``; no interleaving may use a freed page.
 
     Args:
@@ -50,7 +52,9 @@ def protected(memory: str = "TSO", sizes: Iterable[int] = (2, 3), no_shared_writ
                     stuck = lines(game.path_to(here))
                     return Result(False, f"Not yet: safe, but with {n} vCPUs the page may never be freed.\n{stuck}")
             counted.append(f"{len(game.states):,}")
-        return Result(True, f"Right: {' and '.join(counted)} states with {' and '.join(map(str, sizes))} vCPUs, no OOPS.")
+        return Result(
+            True, f"Right: {' and '.join(counted)} states with {' and '.join(map(str, sizes))} vCPUs, no OOPS."
+        )
 
     return answer
 
@@ -59,7 +63,9 @@ def _missing(game: Board) -> str:
     """What a text lacks of the steps it had to keep; empty if nothing."""
     paths = game.machine.program.paths
     for path, steps in {"walk": paths[0]["walk"], "free": paths[-1]["free"]}.items():
-        texts = [step.text for step in steps if any(word in re.findall(r"\w+", step.text) for word in ("entry", "freed"))]
+        texts = [
+            step.text for step in steps if any(word in re.findall(r"\w+", step.text) for word in ("entry", "freed"))
+        ]
         kept = KEPT[path]
         if len(texts) != len(kept) or not all(text.startswith(start) for text, start in zip(texts, kept, strict=True)):
             expected = " and ".join(repr(start) for start in kept)
@@ -78,7 +84,7 @@ def _writes(game: Board) -> str:
 
 
 def barriers() -> Exercise:
-    """Which scheme breaks when which barrier is left out, and on which machine: ``(scheme, left_out, memory)`` to bool."""
+    """Which scheme breaks when which barrier is left out, and where: ``(scheme, left_out, memory)`` to bool."""
     cases = []
     for scheme in SCHEMES:
         for variant in MODELS[scheme].variants:

@@ -27,9 +27,9 @@ class PlacePlayer(Player):
         states = [_state(placing, says) for placing in ALL]
         safe = sum(all(verdict["left"] < 0 for verdict in state["verdicts"]) for state in states)
         super().__init__(
-            alt=f"A page walk and a freer, step by step; you choose where begin, end, the freer's look and two barriers "
-            f"stand. Of {len(ALL)} choices {safe} is safe under {' and '.join(_MEMORIES)}; each other one is answered with "
-            "a shortest schedule that breaks it.",
+            alt=f"A page walk and a freer, step by step; you choose where begin, end, the freer's look and two "
+            f"barriers stand. Of {len(ALL)} choices {safe} is safe under {' and '.join(_MEMORIES)}; each other one is "
+            "answered with a shortest schedule that breaks it.",
             data={
                 "rows": [
                     {"name": "begin", "options": [NOWHERE, *PLACES]},
