@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from mmu import replay, scenario, trace
 from mmu.kernel import FAST_FIXED, INJECTED
-from mmu.paging import PFN
+from mmu.paging import PFN, PTE
 from mmu.pfec import PFEC
 from mmu.play import Prediction, kernel_of, predict
 from mmu.scenario import Scenario
@@ -28,18 +28,19 @@ CAUSES = (
     "entry dropped",
     "dirty log",
     "guest page table",
-    "guest's D bit",
+    "guest's entry",
     "host read-only",
-    "guest's own",
+    "guest's fault",
     "MMIO",
     "other",
 )
-"""What a fault is for. The first two find no entry; the next four an entry without W; ``guest's own`` is passed on."""
+"""What a fault is for. The first two find no entry; the next four an entry without W; ``guest's fault`` is passed on."""
 
-(FIRST, DROPPED, DIRTY_LOG, TABLE, D_BIT, HOST, OWN, DEVICE, OTHER) = np.arange(len(CAUSES), dtype=np.uint8)
-TOOK_W = (DIRTY_LOG, TABLE, D_BIT, HOST)
+(FIRST, DROPPED, DIRTY_LOG, TABLE, ENTRY, HOST, OWN, DEVICE, OTHER) = np.arange(len(CAUSES), dtype=np.uint8)
+TOOK_W = (DIRTY_LOG, TABLE, ENTRY, HOST)
 """The causes for which an entry stands there and lacks W."""
 
+_W_AND_D = np.uint64(PTE.mask("W", "D"))
 P, W, RSVD = (np.uint64(PFEC.mask(name)) for name in ("P", "W", "RSVD"))
 
 
@@ -51,6 +52,7 @@ class Caused(NamedTuple):
     code: NDArray[np.uint64]
     address: NDArray[np.uint64]
     epoch: NDArray[np.int64]  # how many dirty logs were fetched before
+    line: NDArray[np.int64]  # of the trace; -1 for what is predicted
 
     def counts(self) -> dict[str, int]:
         """How many faults each cause has, in the order of :data:`CAUSES`; causes without a fault are left out."""
@@ -68,7 +70,7 @@ def judge(
     *,
     host_w: NDArray[np.bool],
     table: NDArray[np.bool],
-    d_bit: NDArray[np.bool],
+    withheld: NDArray[np.bool],
     own: NDArray[np.bool],
 ) -> NDArray[np.uint8]:
     """The cause of each fault, all arrays ``# (fault,)``.
@@ -78,14 +80,14 @@ def judge(
         place: what each fault's entry is known by (its page); a place without an earlier fault was never touched.
         host_w: the host lets KVM map the page writable.
         table: the page holds a guest page table that KVM shadows.
-        d_bit: the guest's own entry has no D yet, so KVM holds W back to see the first write.
+        withheld: the guest's own entry lacks W, or lacks D: then KVM holds W back, to set D at the first write.
         own: the fault was passed on to the guest.
 
     >>> no, yes = np.zeros(1, dtype=np.bool), np.ones(1, dtype=np.bool)
     >>> write = np.array([3], dtype=np.uint64)
-    >>> CAUSES[judge(write, write, host_w=yes, table=no, d_bit=no, own=no)[0]]
+    >>> CAUSES[judge(write, write, host_w=yes, table=no, withheld=no, own=no)[0]]
     'dirty log'
-    >>> CAUSES[judge(write, write, host_w=no, table=no, d_bit=no, own=no)[0]]
+    >>> CAUSES[judge(write, write, host_w=no, table=no, withheld=no, own=no)[0]]
     'host read-only'
     """
     _, first = np.unique(place, return_index=True)
@@ -94,8 +96,8 @@ def judge(
     present, write, rsvd = code & P != 0, code & W != 0, code & RSVD != 0
     lacks_w = present & write & ~rsvd
     return np.select(
-        [own, rsvd, ~present & new, ~present, lacks_w & ~host_w, lacks_w & table, lacks_w & d_bit, lacks_w],
-        [OWN, DEVICE, FIRST, DROPPED, HOST, TABLE, D_BIT, DIRTY_LOG],
+        [own, rsvd, ~present & new, ~present, lacks_w & ~host_w, lacks_w & table, lacks_w & withheld, lacks_w],
+        [OWN, DEVICE, FIRST, DROPPED, HOST, TABLE, ENTRY, DIRTY_LOG],
         default=OTHER,
     ).astype(np.uint8)
 
@@ -106,7 +108,7 @@ def predicted_causes(scene: Scenario, said: Prediction | None = None) -> Caused:
     Faults outside what is predicted (the recording client's own pages) are left out.
     """
     said = predict(scene) if said is None else said
-    keep = replay.Outside(scene, translated=not said.kernel.nested_paging)(said.faults["address"])
+    keep = compared(scene, said)
     faults, epoch = said.faults[keep], said.epoch[keep]
     bits = layout_named(said.kernel.layout).bits
     host_w = faults["old"] & np.uint64(bits.mask("HOST_W")) != 0
@@ -117,10 +119,16 @@ def predicted_causes(scene: Scenario, said: Prediction | None = None) -> Caused:
         faults["address"] >> np.uint64(12),
         host_w=host_w,
         table=np.isin(faults["gfn"], tables),
-        d_bit=~mmu_w,
+        withheld=~mmu_w,
         own=faults["path"] == INJECTED,
     )
-    return Caused(cause, faults["path"] == FAST_FIXED, faults["code"], faults["address"], epoch)
+    return Caused(cause, faults["path"] == FAST_FIXED, faults["code"], faults["address"], epoch,
+                  np.full(cause.shape, -1, dtype=np.int64))
+
+
+def compared(scene: Scenario, said: Prediction) -> NDArray[np.bool]:
+    """Which predicted faults lie outside the recording client's own pages  # (fault,)."""
+    return replay.Outside(scene, translated=not said.kernel.nested_paging)(said.faults["address"])
 
 
 def _own_tables(scene: Scenario) -> NDArray[np.int64]:
@@ -135,9 +143,9 @@ def recorded_causes(t: trace.Trace, scene: Scenario) -> Caused:
 
     The scenario is asked for two things: which addresses are the recording client's own, and whether the guest ran on
     nested paging. With nested paging, or without guest paging, the ``fast_page_fault`` event shows the entry. On a
-    shadow MMU no line does; there ``kvm_mmu_set_dirty_bit`` after a fault says that the guest's D bit was clear,
-    ``kvm_mmu_get_page`` names the gfns whose tables are shadowed, and a page that the host would not have written is
-    known by the entry last made for it, or by the notifier or the retry within the fault.
+    shadow MMU no line does. There KVM's walk of the guest's tables within the fault shows the guest's entry, and its W
+    and D; ``kvm_mmu_get_page`` names the gfns whose tables are shadowed; and the entry that KVM last made for a gfn says
+    whether the host allowed writing.
     """
     seen = replay.recorded(t)
     host_bit = np.uint64(layout_named(kernel_of(scene).layout).bits.mask("HOST_W"))
@@ -152,42 +160,45 @@ def recorded_causes(t: trace.Trace, scene: Scenario) -> Caused:
 
     gfn = (seen.address >> np.uint64(12)).astype(np.int64)
     shadowed = not scene.nested_paging and scenario.paging_format(scene) is not None
-    host_w, own, d_bit = np.ones(count, dtype=np.bool), np.zeros(count, dtype=np.bool), np.zeros(count, dtype=np.bool)
+    host_w, own, withheld = np.ones(count, dtype=np.bool), np.zeros(count, dtype=np.bool), np.zeros(count, dtype=np.bool)
     table = np.zeros(count, dtype=np.bool)
     if not shadowed:
         met = seen.fast >= 0  # (fault,) an entry was looked at
         host_w[met] = events["old"][seen.row[met]] & host_bit != 0
     else:
         own = within("kvm_inj_exception")
-        d_bit = within("kvm_mmu_set_dirty_bit") & ~own
-        gfn = _walked(t, seen.line, ends)
+        leaf = _walked(t, seen.line, ends)
+        withheld = (leaf & P != 0) & (leaf & _W_AND_D != _W_AND_D)
+        gfn = ((leaf & PFN) >> np.uint64(12)).astype(np.int64)
         shadow_pages = t["kvm_mmu_get_page"]
         table = np.isin(gfn, shadow_pages["gfn"][shadow_pages["direct"] == 0].astype(np.int64))
         made = _last_made(t, gfn, seen.line)
         host_w = made & host_bit != 0
-    cause = judge(seen.code, seen.address >> np.uint64(12), host_w=host_w, table=table, d_bit=d_bit, own=own)
+    cause = judge(seen.code, seen.address >> np.uint64(12), host_w=host_w, table=table, withheld=withheld, own=own)
     fixed = (seen.fast >= 0) & (seen.fast >> 1 & 1 == 1)
-    everything = Caused(cause, fixed, seen.code, seen.address, seen.epoch)
+    everything = Caused(cause, fixed, seen.code, seen.address, seen.epoch, seen.line)
     return everything.take(replay.Outside(scene, translated=not scene.nested_paging)(seen.address))
 
 
-def _walked(t: trace.Trace, begins: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The gfn at which KVM's walk of the guest's tables ended within each fault; -1 where it met no leaf."""
+def _walked(t: trace.Trace, begins: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """The guest's leaf entry that KVM's walk met within each fault; 0 where it met none."""
     leaf = t["kvm_mmu_paging_element"]
     leaf = leaf[leaf["level"] == 1]
     at = np.searchsorted(leaf["line"], begins)
     inside = at < np.searchsorted(leaf["line"], ends)
-    pte = leaf["pte"][np.minimum(at, leaf.size - 1)] if leaf.size else np.zeros(at.shape, dtype=np.uint64)
-    return np.where(inside, (pte & PFN) >> np.uint64(12), np.uint64(0)).astype(np.int64) - (~inside).astype(np.int64)
+    found = np.zeros(begins.shape, dtype=np.uint64)
+    found[inside] = leaf["pte"][at[inside]]
+    return found
 
 
 def _last_made(t: trace.Trace, gfn: NDArray[np.int64], line: NDArray[np.int64]) -> NDArray[np.uint64]:
     """The entry that KVM last made for each gfn before each line; all ones where the trace shows none."""
     made = t["kvm_mmu_set_spte"]
-    order = np.lexsort((made["line"], made["gfn"]))
-    made = made[order]
-    key = made["gfn"].astype(np.int64) << 32 | made["line"].astype(np.int64)
-    at = np.searchsorted(key, gfn << 32 | line) - 1
-    found = (at >= 0) & (made["gfn"][np.maximum(at, 0)].astype(np.int64) == gfn) if made.size else at >= 0
-    none = ~np.uint64(0)
-    return np.where(found, made["spte"][np.maximum(at, 0)], none) if made.size else np.full(gfn.shape, none, np.uint64)
+    made = made[np.lexsort((made["line"], made["gfn"]))]
+    page = made["gfn"].astype(np.int64)
+    at = np.searchsorted(page << 32 | made["line"].astype(np.int64), gfn << 32 | line) - 1
+    found = at >= 0
+    found[found] = page[at[found]] == gfn[found]
+    word = np.full(gfn.shape, ~np.uint64(0), dtype=np.uint64)
+    word[found] = made["spte"][at[found]]
+    return word
