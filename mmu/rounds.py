@@ -42,12 +42,14 @@ class Rounds:
         faults: what the simulated guest reports  # (fault,) of dtype :data:`mmu.kernel.FAULT`.
         caused: their causes, and which were repaired without the lock; ``epoch`` counts rounds from 1.
         dirty: how many pages the log named after each round  # (round,).
+        written: how many pages the guest's program wrote in each round  # (round,).
     """
 
     machine: str
     faults: NDArray[np.void]
     caused: Caused
     dirty: NDArray[np.int64]
+    written: NDArray[np.int64]
 
     def table(self) -> NDArray[np.int64]:
         """How many faults of each cause each round had  # (round, cause)."""
@@ -80,7 +82,16 @@ def run(machine: str, interval: int = 256, writes: float = 0.5, **sizes: int) ->
     faults = said.faults[causes.compared(laid, said)]
     steady = caused.epoch > 0
     named = [np.unpackbits(np.frombuffer(bytes.fromhex(item.predicted), np.uint8)).sum() for item in said.bitmaps[1:]]
-    return Rounds(machine, faults[steady], caused.take(steady), np.array(named, dtype=np.int64))
+    written = [np.unique(_stored(round)).size for round in laid.runs[1:]]
+    return Rounds(
+        machine, faults[steady], caused.take(steady), np.array(named, dtype=np.int64), np.array(written, dtype=np.int64)
+    )
+
+
+def _stored(run: Run) -> NDArray[np.uint64]:
+    """The pages of the program's stores, the guest kernel's work on its tables not counted."""
+    page = run.gva >> np.uint64(12)
+    return page[(run.op == WRITE) & (page >= DATA >> 12)]
 
 
 def scene(
