@@ -113,7 +113,7 @@ def predicted_causes(scene: Scenario, said: Prediction | None = None) -> Caused:
     bits = layout_named(said.kernel.layout).bits
     host_w = faults["old"] & np.uint64(bits.mask("HOST_W")) != 0
     mmu_w = faults["old"] & np.uint64(bits.mask("MMU_W")) != 0
-    tables = _own_tables(scene) if not said.kernel.nested_paging else np.zeros(0, dtype=np.int64)
+    tables = own_tables(scene) if not said.kernel.nested_paging else np.zeros(0, dtype=np.int64)
     cause = judge(
         faults["code"],
         faults["address"] >> np.uint64(12),
@@ -122,8 +122,14 @@ def predicted_causes(scene: Scenario, said: Prediction | None = None) -> Caused:
         withheld=~mmu_w,
         own=faults["path"] == INJECTED,
     )
-    return Caused(cause, faults["path"] == FAST_FIXED, faults["code"], faults["address"], epoch,
-                  np.full(cause.shape, -1, dtype=np.int64))
+    return Caused(
+        cause,
+        faults["path"] == FAST_FIXED,
+        faults["code"],
+        faults["address"],
+        epoch,
+        np.full(cause.shape, -1, dtype=np.int64),
+    )
 
 
 def compared(scene: Scenario, said: Prediction) -> NDArray[np.bool]:
@@ -131,7 +137,7 @@ def compared(scene: Scenario, said: Prediction) -> NDArray[np.bool]:
     return replay.Outside(scene, translated=not said.kernel.nested_paging)(said.faults["address"])
 
 
-def _own_tables(scene: Scenario) -> NDArray[np.int64]:
+def own_tables(scene: Scenario) -> NDArray[np.int64]:
     """The gfns in which the guest's page tables lie."""
     written = scenario.table_writes(scene).gpa >> np.uint64(12)
     roots = np.array([vcpu.cr3 >> 12 for vcpu in scene.of(scenario.Vcpu)], dtype=np.uint64)
@@ -160,7 +166,11 @@ def recorded_causes(t: trace.Trace, scene: Scenario) -> Caused:
 
     gfn = (seen.address >> np.uint64(12)).astype(np.int64)
     shadowed = not scene.nested_paging and scenario.paging_format(scene) is not None
-    host_w, own, withheld = np.ones(count, dtype=np.bool), np.zeros(count, dtype=np.bool), np.zeros(count, dtype=np.bool)
+    host_w, own, withheld = (
+        np.ones(count, dtype=np.bool),
+        np.zeros(count, dtype=np.bool),
+        np.zeros(count, dtype=np.bool),
+    )
     table = np.zeros(count, dtype=np.bool)
     if not shadowed:
         met = seen.fast >= 0  # (fault,) an entry was looked at

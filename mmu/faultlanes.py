@@ -40,13 +40,13 @@ def fault_lanes(recordings: Mapping[str, tuple[Caused, Caused]]) -> Picture:
                     for fast, colour in ((True, FAST), (False, LOCK)):
                         here = np.flatnonzero((faults.cause == cause) & (faults.fast == fast))
                         axes.vlines(here, low, high, color=colour, linewidth=max(0.6, 330 / max(count, 1)))
-                for place, faults in ((1.06, seen), (1.16, said)):
+                for place, faults in ((1.05, seen), (1.18, said)):
                     number = int((faults.cause == cause).sum())
                     axes.text(place, lane, str(number), transform=axes.get_yaxis_transform(), **_MIDDLE)
-            for place, word in ((1.06, "recorded"), (1.16, "predicted")):
+            for place, word in ((1.05, "recorded"), (1.18, "predicted")):
                 axes.text(place, -0.85, word, transform=axes.get_yaxis_transform(), **_MIDDLE | {"color": FAINT})
             for reading in np.flatnonzero(np.diff(seen.epoch)) + 0.5:
-                axes.axvline(reading, color=INK, linewidth=0.7, linestyle=":", zorder=0)
+                axes.vlines(reading, -0.5, len(rows) - 0.5, color=INK, linewidth=0.7, linestyle=":", zorder=0)
             axes.text(0, -0.85, name, ha="left", va="center", weight="bold")
             axes.set_yticks(range(len(rows)), [CAUSES[cause] for cause in rows], size=9)
             axes.set(xlim=(-0.01 * count, 1.01 * count), ylim=(len(rows) - 0.5, -1.2))
