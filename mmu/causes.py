@@ -4,8 +4,9 @@ The one idea: a write fault says *that* W is missing; the entry it met says *who
 it from a trace alone, :func:`predicted_causes` from a prediction, which knows the scenario alone. The two look at
 different evidence for the same thing, so that setting them side by side means something. Chapter 4.
 
-Facts: Linux 6.1 ``arch/x86/kvm/mmu/spte.h`` (what HOST_W, MMU_W and W say together), ``Documentation/virt/kvm/x86/mmu.rst``
-(the causes of a fault); which trace event betrays which cause on a shadow MMU is inferred from ``paging_tmpl.h``.
+Facts: Linux 6.1 ``arch/x86/kvm/mmu/spte.h`` (what HOST_W, MMU_W and W say together) and
+``Documentation/virt/kvm/x86/mmu.rst`` (the causes of a fault). Which trace event betrays which cause on a shadow MMU is
+inferred from ``paging_tmpl.h``.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ CAUSES = (
     "MMIO",
     "other",
 )
-"""What a fault is for. The first two find no entry; the next four an entry without W; ``guest's fault`` is passed on."""
+"""Why a fault came. The first two find no entry, the next four an entry without W; ``guest's fault`` is passed on."""
 
 (FIRST, DROPPED, DIRTY_LOG, TABLE, ENTRY, HOST, OWN, DEVICE, OTHER) = np.arange(len(CAUSES), dtype=np.uint8)
 TOOK_W = (DIRTY_LOG, TABLE, ENTRY, HOST)
@@ -150,8 +151,8 @@ def recorded_causes(t: trace.Trace, scene: Scenario) -> Caused:
     The scenario is asked for two things: which addresses are the recording client's own, and whether the guest ran on
     nested paging. With nested paging, or without guest paging, the ``fast_page_fault`` event shows the entry. On a
     shadow MMU no line does. There KVM's walk of the guest's tables within the fault shows the guest's entry, and its W
-    and D; ``kvm_mmu_get_page`` names the gfns whose tables are shadowed; and the entry that KVM last made for a gfn says
-    whether the host allowed writing.
+    and D; ``kvm_mmu_get_page`` names the gfns whose tables are shadowed; and the entry that KVM last made for a gfn
+    says whether the host allowed writing.
     """
     seen = replay.recorded(t)
     host_bit = np.uint64(layout_named(kernel_of(scene).layout).bits.mask("HOST_W"))

@@ -67,5 +67,5 @@ def _finding(name: str, seen: Caused, said: Caused) -> str:
     counts, told = seen.counts(), said.counts()
     parts = [f"{cause} {counts.get(cause, 0)} (predicted {told.get(cause, 0)})" for cause in CAUSES
              if cause in counts or cause in told]  # fmt: skip
-    faults = "fault" if seen.cause.size == 1 else "faults"
-    return f"{name}: {seen.cause.size} {faults}, {same} with the cause that was predicted in that place: {', '.join(parts)}."
+    faults = f"{seen.cause.size} fault{'s' * (seen.cause.size != 1)}"
+    return f"{name}: {faults}, {same} with the cause that was predicted in that place: {', '.join(parts)}."

@@ -70,8 +70,8 @@ class RoundsPlayer(Player):
                 machine["rounds"] = [[row[cause] for cause in columns] for row in machine["rounds"]]
         super().__init__(
             alt=f"Three choices, how often the dirty log is read, how much is written and whether the guest edits its "
-            f"page tables, make {len(runs)} settings; for each, the faults of {SHOWN} rounds by cause on NPT and on the "
-            "soft MMU, and the pages that the log named.",
+            f"page tables, make {len(runs)} settings; for each, the faults of {SHOWN} rounds by cause on NPT and on "
+            "the soft MMU, and the pages that the log named.",
             data={
                 "choices": [
                     {"name": "accesses between two readings", "values": [str(interval) for interval in intervals]},
