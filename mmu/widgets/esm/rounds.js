@@ -18,7 +18,7 @@ function render({ model, el }) {
   const panels = machines.map((name) => {
     const body = h("tbody", {});
     return { body, box: h("table", { class: "mmu-rounds-table" }, h("caption", {}, name),
-      h("thead", {}, h("tr", {}, ["round", "faults by cause", "dirty", "written"].map((t) => h("th", { scope: "col" }, t)))), body) };
+      h("thead", {}, h("tr", {}, ["round", "faults by cause", "named", "written"].map((t) => h("th", { scope: "col" }, t)))), body) };
   });
   const undo = h("button", { type: "button", onclick: () => state.undo() }, "Undo");
 
@@ -34,11 +34,11 @@ function render({ model, el }) {
         }) : null);
         const total = row.reduce((sum, n) => sum + n, 0);
         return h("tr", {}, h("th", { scope: "row" }, String(i + 1)),
-          h("td", {}, h("span", { class: "mmu-bar" }, ...parts), h("span", { class: "mmu-total" }, String(total))),
+          h("td", {}, h("div", { class: "mmu-row" }, h("span", { class: "mmu-bar" }, ...parts), h("span", { class: "mmu-total" }, String(total)))),
           h("td", { class: dirty[i] > written[i] ? "mmu-more" : "" }, String(dirty[i])), h("td", {}, String(written[i])));
       }));
     });
-    spoken.textContent = [run.asked, ...run.machines.map((machine) => machine.told)].join(" ");
+    spoken.replaceChildren(...[run.asked, ...run.machines.map((machine) => machine.told)].map((text) => h("span", {}, text + " ")));
     grey(undo, !state.depth);
   };
   const state = history(sizes.map((size) => size > 2 ? 1 : 0).join(), draw);
@@ -48,9 +48,9 @@ function render({ model, el }) {
     ...choices.map((choice, which) => h("div", { class: "mmu-tabs", role: "group", "aria-label": choice.name },
       h("span", { class: "mmu-tab-name" }, choice.name), groups[which])),
     h("div", { class: "mmu-panels" }, panels.map((panel) => panel.box)),
-    h("p", { class: "mmu-legend" },
-      h("span", { class: "mmu-part", "data-fast": "true" }), " dirty log, repaired without the lock ",
-      ...causes.flatMap((name) => [h("span", { class: "mmu-part", "data-cause": name }), ` ${name} `])),
+    h("ul", { class: "mmu-legend" },
+      h("li", {}, h("span", { class: "mmu-part", "data-fast": "true" }), " dirty log, repaired without the lock"),
+      causes.map((name, i) => h("li", {}, h("span", { class: "mmu-part", "data-cause": name }), ` ${name}${i === log ? ", under the lock" : ""}`))),
     spoken,
     h("div", { class: "mmu-controls" },
       h("button", { type: "button", onclick: () => change(0, -1), "aria-label": "Read the log more often" }, "◀"),
