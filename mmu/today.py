@@ -71,6 +71,7 @@ oops: done(zap) and not lock and spte.written and not told
 
 LATE_FLUSH = """
 word spte: mmu = 1, w = 1, tlb = 1          # tlb is a ghost: some CPU's TLB holds a writable copy
+word wp                                     # a ghost: the gfn is a guest page table
 word lock
 
 log:
@@ -81,11 +82,12 @@ log:
 
 protect:
     P0  take lock
-    P1  was = xchg spte: (mmu=0, w=0); if not was.w: P3
-    P2  xchg spte: (tlb=0)
-    P3  release lock
+    P1  wp = 1
+    P2  was = xchg spte: (mmu=0, w=0); if not was.w: P4
+    P3  xchg spte: (tlb=0)
+    P4  release lock
 
-oops: not spte.mmu and not lock and spte.tlb
+oops: wp and not lock and spte.tlb
 """
 
 GFN_DIRECT = """
@@ -156,7 +158,7 @@ RACES = {
     ),
     "lost-dirty": Race(LOST_DIRTY, (["fault"], ["zap"]), "the guest wrote to the page, and the host was never told"),
     "late-flush": Race(
-        LATE_FLUSH, (["log"], ["protect"]), "nobody may write, the lock is free, and a TLB still lets a CPU write"
+        LATE_FLUSH, (["log"], ["protect"]), "the page is a guest page table, the lock is free, and a TLB still lets a CPU write to it"
     ),
     "gfn-direct": Race(GFN_DIRECT, (["fault"], ["remap"]), "gfn 1 is written, and gfn 0 is noted as dirty"),
     "gfn-pinned": Race(GFN_PINNED, (["fault"], ["remap"]), "gfn 1 is written, and gfn 0 is noted as dirty"),
