@@ -2,12 +2,12 @@
 
 The one idea: once all that the fast path decides on lies in one word, a cmpxchg is enough for permission. What is
 lost all the same lies elsewhere: a dirty bit that the CPU sets meanwhile, a TLB that is flushed late, the gfn that an
-entry stands for. The language is that of :mod:`mmu.program`; :data:`RACES` says who runs what. Chapter 12. What
-chapters 8 to 10 show of the merged design is in :mod:`mmu.protocols`.
+entry stands for. The language is that of ``mmu.program``; :data:`RACES` says who runs what. Chapter 12. What
+chapters 8 to 10 show of the merged design is in ``mmu.protocols``.
 
 Facts: Linux 6.1 ``Documentation/virt/kvm/locking.rst`` and ``mmu.c``. A field or word that no kernel has, kept only to
 tell what went wrong, is called a ghost in its comment. That pinning the page would repair an indirect entry is said in
-that documentation; how :data:`GFN_PINNED` does it is this book's.
+that documentation; how ``GFN_PINNED`` does it is this book's.
 """
 
 from __future__ import annotations
@@ -158,7 +158,9 @@ RACES = {
     ),
     "lost-dirty": Race(LOST_DIRTY, (["fault"], ["zap"]), "the guest wrote to the page, and the host was never told"),
     "late-flush": Race(
-        LATE_FLUSH, (["log"], ["protect"]), "the page is a guest page table, the lock is free, and a TLB still lets a CPU write to it"
+        LATE_FLUSH,
+        (["log"], ["protect"]),
+        "the page is a guest page table, the lock is free, and a TLB still lets a CPU write to it",
     ),
     "gfn-direct": Race(GFN_DIRECT, (["fault"], ["remap"]), "gfn 1 is written, and gfn 0 is noted as dirty"),
     "gfn-pinned": Race(GFN_PINNED, (["fault"], ["remap"]), "gfn 1 is written, and gfn 0 is noted as dirty"),
