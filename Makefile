@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 SOURCES := _config.yml _toc.yml $(shell find book mmu -type f -not -path '*/__pycache__/*' -not -path '*/.ipynb_checkpoints/*')
 # Tests of what needs numpy alone.
-BOOK_TESTS := chapters figures prices exercise site
+BOOK_TESTS := answers chapters figures prices exercise site
 CORE_TESTS := $(filter-out $(BOOK_TESTS:%=test_%.py),$(notdir $(wildcard tests/test_*.py)))
 CHAPTERS := $(sort $(wildcard book/*.ipynb))
 

@@ -160,7 +160,7 @@ RACES = {
     "late-flush": Race(
         LATE_FLUSH,
         (["log"], ["protect"]),
-        "the page is a guest page table, the lock is free, and a TLB still lets a CPU write to it",
+        "a guest page table, the lock free, and a TLB that still lets a CPU write",
     ),
     "gfn-direct": Race(GFN_DIRECT, (["fault"], ["remap"]), "gfn 1 is written, and gfn 0 is noted as dirty"),
     "gfn-pinned": Race(GFN_PINNED, (["fault"], ["remap"]), "gfn 1 is written, and gfn 0 is noted as dirty"),

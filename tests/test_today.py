@@ -1,4 +1,4 @@
-"""Chapter 12's races, exercises and published figures: verdicts, wrong tries, and what the messages state themselves."""
+"""Chapter 12's races, exercises and published figures: verdicts, wrong tries, what the messages state."""
 
 import itertools
 
