@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mmu import published
 from mmu.figures import Row
-from mmu.picture import INK, LOCK, PAPER, VCPU, Picture, canvas
+from mmu.picture import LOCK, PAPER, VCPU, Picture, canvas
 from mmu.spte import LAYOUTS
 
 KERNELS = ("2012", "3.6", "5.10", "6.1", "6.12")
@@ -49,7 +49,9 @@ def same(table: str, **fields: int) -> list[Row]:
     for name in layouts(table):
         form = LAYOUTS[name]
         known = {field: value for field, value in fields.items() if field in form.bits}
-        rows.append(Row(form.kernel, form.bits.pack(**known) | (form.none if form.ept else 0), form))
+        kernel = name.partition("-")[0]
+        said = "Linux 3.4, 2012 series" if kernel == "2012" else f"Linux {kernel}"
+        rows.append(Row(said, form.bits.pack(**known) | (form.none if form.ept else 0), form))
     return rows
 
 
@@ -76,29 +78,22 @@ def moved_cost(table: NDArray[np.void] = published.EAGER_SPLIT) -> Picture:
         "enable": {"facecolor": PAPER, "edgecolor": LOCK, "hatch": "/////"},
         "write": {"facecolor": VCPU[0], "edgecolor": VCPU[0]},
     }
-    said = {"enable": "switching the log on", "write": "the guest’s first writes"}
     findings = []
     with canvas(7.0, 2.0) as figure:
         axes = figure.add_subplot()
         for row, entry in enumerate(table):
             start = 0.0
             for phase in ("enable", "write"):
-                seconds = float(entry[phase])
-                axes.barh(row, seconds, left=start, height=0.5, linewidth=1.2, **style[phase])
-                middle = {"ha": "center", "va": "bottom", "size": 9, "color": INK}
-                if seconds > 0.5:
-                    axes.text(start + seconds / 2, row - 0.29, f"{said[phase]}: {seconds:g} s", **middle)
-                else:
-                    at, side = (start, "left") if phase == "enable" else (start + seconds + 0.05, "left")
-                    height = row + 0.44 if phase == "enable" else row
-                    axes.text(at, height, f"{said[phase]}: {seconds:g} s", ha=side, va="center", size=9, color=INK)
-                start += seconds
+                axes.barh(row, entry[phase], left=start, height=0.42, linewidth=1.2, **style[phase])
+                start += float(entry[phase])
+            text = f"switching the log on {entry['enable']:g} s, the guest’s first writes {entry['write']:g} s"
+            axes.text(0, row - 0.3, text, va="bottom", size=9)
             findings.append(
                 f"split {entry['split']}: {entry['enable']:g} s to switch the log on, {entry['write']:g} s for the "
                 "first writes"
             )
         axes.set_yticks(range(len(table)), [f"split {name}".replace(" when ", "\nwhen ") for name in table["split"]])
-        axes.set(ylim=(len(table) - 0.4, -0.6), xlim=(0, 3.2), xlabel="seconds, 96 vCPUs")
+        axes.set(ylim=(len(table) - 0.6, -0.7), xlim=(0, 3.2), xlabel="seconds, 96 vCPUs")
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
     return Picture(figure, "; ".join(findings) + ".")
