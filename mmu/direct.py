@@ -54,6 +54,8 @@ from mmu.slots import HOLE, GuestMemory, Slot
 from mmu.update import make_mmio, make_spte
 
 _FINAL, _WALK = np.uint64(PFEC.mask("GUEST_FINAL")), np.uint64(PFEC.mask("GUEST_PAGE"))
+OPEN = CAN_READ | CAN_WRITE | CAN_FETCH
+SCAN = 1 << 12  # pages looked at together in the search for one that is not open
 HUGE, GROUP = 9, 3  # how far gfns are shifted to number 2M blocks, and groups of eight
 TABLE = np.uint64(1)  # in ``DirectMMU.blocks``: a table of 4K sptes stands below
 
@@ -69,7 +71,7 @@ class DirectMMU:
         sptes: the 4K sptes ``# (index,)``.
         rights: what the CPU may do with each page ``# (index,)``, be it through a 4K or a 2M spte.
         mmio: the generation of each MMIO spte ``# (index,)``, -1 where there is none.
-        blocks: the 2M entries ``# (block,)``: 0, :data:`TABLE`, or a large spte.
+        blocks: the 2M entries ``# (block,)``: 0, ``TABLE``, or a large spte.
     """
 
     def __init__(self, memory: GuestMemory, kernel: Kernel) -> None:
@@ -82,6 +84,7 @@ class DirectMMU:
         self.blocks = np.zeros(0, dtype=np.uint64)
         self._block_of: dict[int, int] = {}  # a slot's first index -> its first block
         self._lead = np.zeros(0, dtype=np.int64)
+        self._closed: dict[int, int] = {}  # a slot's first index -> that of its first page that may not be open
         self.on_dirty: Callable[[Index, NDArray[np.int16], Index], None] = lambda order, slot, index: None
         self.grow()
 
@@ -126,6 +129,46 @@ class DirectMMU:
         self.grow()
         need = np.where(touches.write, CAN_WRITE, np.where(touches.fetch, CAN_FETCH, CAN_READ))
         return self.rights.take(touches.index) & need == 0
+
+    def closed(self, slot: Slot) -> bool:
+        """Some page of the slot is not open for everything. Cheap: the search goes on where it last stopped."""
+        self.grow()
+        at, end = self._closed.get(slot.first, slot.first), slot.first + slot.pages
+        while at < end:
+            shut = self.rights[at : min(at + SCAN, end)] != OPEN
+            ahead = int(shut.argmax())
+            if shut[ahead]:
+                self._closed[slot.first] = at + ahead
+                return True
+            at += shut.size
+        self._closed[slot.first] = end
+        return False
+
+    @property
+    def has_huge(self) -> bool:
+        """Some slot is mapped by large sptes, or could be."""
+        return bool((self._units()[0] == HUGE).any())
+
+    def repair(self, slot: NDArray[np.int16], index: Index, op: NDArray[np.uint8], denied: Index) -> tuple[int, Index]:
+        """Serve at once what the fast path repairs among denied accesses; return how many faults it was, and the rest.
+
+        For small sptes alone: a write-protect fault on one sets W, and that is all there is to it.
+        """
+        page = index[denied]
+        word = self.sptes.take(page)
+        mine = (op[denied] != 0) & (word & (self.bits.mmu_w | self.bits.w) == self.bits.mmu_w)
+        if self.kernel.policy == "none" or not mine.any():
+            return 0, denied
+        page, word = (page, word) if mine.all() else (page[mine], word[mine])
+        self.sptes[page] = word | self.bits.w
+        self.rights[page] |= CAN_WRITE
+        if self._lead.size < self.memory.size:
+            self._lead = np.zeros(self.memory.size, dtype=np.int64)
+        here = np.arange(page.size, dtype=np.int64)
+        self._lead[page] = here
+        first = self._lead.take(page) == here  # one of the touches of each page
+        self.on_dirty(here[first], slot[denied][mine][first], page[first])
+        return int(first.sum()), denied[~mine]
 
     def may_fault(self, touches: Touches) -> Bools:
         """The same, and those that are let through now but lie in a huge page, which may go with all it maps."""
@@ -303,6 +346,7 @@ class DirectMMU:
 
     def _make_table(self, slot: NDArray[np.int16], gfn: Index, block: Index, large: Bools) -> None:
         """Put tables of 4K sptes where large sptes stood: split by 6.12's TDP MMU, else zapped and left empty."""
+        self._closed.clear()
         if large.any():
             if self.kernel.uses_tdp_mmu and self.kernel.release == "6.12":
                 self._split(slot[large], gfn[large], block[large])
@@ -340,7 +384,9 @@ class DirectMMU:
         fill = np.zeros(at.shape, dtype=np.bool)
         alive = ~logged & ~readonly
         for start in range(PREFETCH):
-            opens = empty[:, start] & alive & (empty[:, start - 1] == False if start else True)  # noqa: E712
+            opens = alive & empty[:, start]  # a run begins here
+            if start:
+                opens &= ~empty[:, start - 1]
             if not opens.any():
                 continue
             run = np.logical_and.accumulate(empty[:, start:], axis=1) & opens[:, None]
@@ -394,6 +440,7 @@ class DirectMMU:
 
     def _zap(self, slot: NDArray[np.int16], index: Index, gfn: Index) -> None:
         """The host takes pages back: their sptes go, a large one with all that it mapped."""
+        self._closed.clear()
         if not index.size:
             return
         self.sptes[index] = 0
@@ -412,10 +459,12 @@ class DirectMMU:
 
     def zap_all(self) -> None:
         """``kvm_mmu_zap_all_fast``: a slot was deleted, every spte goes, MMIO ones too."""
+        self._closed.clear()
         self.sptes[:], self.rights[:], self.mmio[:], self.blocks[:] = 0, 0, -1, 0
 
     def protect(self, index: Index) -> None:
         """Write-protect 4K pages for the dirty log: only W goes, so that the fast path may bring it back."""
+        self._closed.clear()
         self.sptes[index] &= ~self.bits.w
         small = self.sptes[index] != 0
         self.rights[index[small]] &= ~CAN_WRITE
@@ -457,6 +506,7 @@ class DirectMMU:
 
     def log_started(self, slot: Slot) -> None:
         """Dirty logging was switched on: split huge pages where asked to, and write-protect everything."""
+        self._closed.clear()
         number = np.arange(slot.base // HUGE_PAGES, -(-(slot.base + slot.pages) // HUGE_PAGES), dtype=np.int64)
         if self.kernel.eager_page_split and self.kernel.uses_tdp_mmu:
             self._split_at(slot, number)
@@ -465,6 +515,7 @@ class DirectMMU:
 
     def log_stopped(self, slot: Slot) -> None:
         """Dirty logging was switched off: small sptes that a huge page could replace are zapped, W is not restored."""
+        self._closed.clear()
         number = np.arange(slot.base // HUGE_PAGES, -(-(slot.base + slot.pages) // HUGE_PAGES), dtype=np.int64)
         position = np.full(number.shape, self.memory.slots.index(slot), dtype=np.int16)
         gfn = number * HUGE_PAGES

@@ -9,7 +9,7 @@ Facts: Linux 6.1 ``arch/x86/kvm/mmu/spte.c`` (``make_spte``), ``mmu_internal.h``
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,7 +63,8 @@ FAULT = np.dtype(
 """One fault: a structured array of these is what every run yields, in order."""
 
 CODE_P, CODE_W, CODE_U, CODE_RSVD, CODE_F = (np.uint64(PFEC.mask(name)) for name in ("P", "W", "U", "RSVD", "F"))
-CAN_READ, CAN_WRITE, CAN_FETCH = np.uint8(1), np.uint8(2), np.uint8(4)
+CAN_READ, CAN_WRITE, CAN_FETCH = np.uint8(0b0001), np.uint8(0b0110), np.uint8(0b1000)
+"""Rights to a page: bit k allows the access whose op is k (read; write and increment; fetch)."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Kernel:
 
 
 class Touches(NamedTuple):
-    """Touches of guest-physical memory in order: all arrays ``# (touch,)``, see :meth:`DirectMMU.settle`."""
+    """Touches of guest-physical memory in order: all arrays ``# (touch,)``, see ``DirectMMU.settle``."""
 
     order: Index  # ascending; equal only for touches that cannot both fault
     access: Index
@@ -114,6 +115,13 @@ class Touches(NamedTuple):
     fetch: Bools
     user: Bools
     walk: Bools  # the CPU's own access to a guest page table
+
+    @classmethod
+    def of(cls, part: Any, which: Index, slot: NDArray[np.int16], index: Index) -> Touches:
+        """The touches that accesses of an unpaged guest make, those at ``which``: one each, at its own address."""
+        op, gva = part.op[which], part.gva[which]
+        write, none = (op == 1) | (op == 2), np.zeros(which.shape, dtype=np.bool)
+        return cls(which, which, gva, gva, slot[which], index[which], write, op == 3, part.user[which], none)
 
     def take(self, which: Index) -> Touches:
         """Only the touches at these positions."""

@@ -66,15 +66,6 @@ WORLD_SWITCH = (2000, 2.93)
 Source: Landau, Ben-Yehuda, Gordon, "SplitX: Split Guest/Hypervisor Execution on Multi-Core".
 """
 
-RESUME_2012: NDArray[np.void] = np.array(
-    [("v5", 512_466_818, 269_231_261, 47.5), ("v7", 538_233_957, 249_809_853, 53.6)],
-    dtype=[("version", "U2"), ("before", np.int64), ("after", np.int64), ("said", np.float64)],
-)
-"""Nanoseconds until a guest has written all its memory again after the dirty log took its rights away, mean of ten
-runs, and the gain in per cent as the message states it. Source: Xiao Guangrong, "[PATCH v5 0/9]" and "[PATCH v7 00/10]
-KVM: MMU: fast page fault", May (the day is from memory) and 20 June 2012. Chapter 12.
-"""
-
 EAGER_SPLIT: NDArray[np.void] = np.array(
     [("when a page is written", 0.001, 2.94), ("when the log is switched on", 1.55, 0.14)],
     dtype=[("split", "U32"), ("enable", np.float64), ("write", np.float64)],

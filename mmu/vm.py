@@ -11,6 +11,7 @@ flushed it at every exit.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from mmu import paging
 from mmu.direct import DirectMMU
 from mmu.host import PAGE, Backing
-from mmu.kernel import FAULT, Bools, Index, Kernel, Touches, Words
+from mmu.kernel import FAST_FIXED, FAULT, PATHS, Bools, Index, Kernel, Touches, Words
 from mmu.shadow import EXEC, USER, Settled, ShadowMMU, Walk
 from mmu.shadow import WRITE as MAY_WRITE
 from mmu.slots import GuestMemory, Slot
@@ -32,6 +33,7 @@ READ, WRITE, INCREMENT, FETCH, INVLPG, CR3, CR0 = np.arange(7, dtype=np.uint8)
 CR0_WP, CR4_SMEP, CR4_SMAP = 1 << 16, 1 << 20, 1 << 21
 EFER_LMA, EFER_NXE = 1 << 10, 1 << 11
 MAXPHYADDR = 40  # of the emulated CPU under the recorded guests
+BLOCK = 1 << 15  # accesses of an unpaged guest that are looked at together: their arrays stay in the CPU's cache
 WINDOW = 1 << 12  # accesses of a paged guest that are walked at once, up to the next ordering point
 
 
@@ -104,6 +106,14 @@ class Result:
     faults: NDArray[np.void]  # of dtype FAULT
     exits: list[tuple[int, int, bool]] = field(default_factory=list)  # MMIO: access, address, is a write
     reinjected: list[tuple[int, int]] = field(default_factory=list)  # access, code of a #PF whose delivery faulted
+
+
+class Driven(NamedTuple):
+    """What :meth:`Guest.drive` did: accesses made, faults by path ``# (path,)``, and the faults if they were kept."""
+
+    accesses: int
+    counts: Index
+    faults: NDArray[np.void]
 
 
 class Guest:
@@ -185,7 +195,13 @@ class Guest:
     # Running ---------------------------------------------------------------------------------------------------------
 
     def run(self, vcpu: int, accesses: Stream, device: list[int] | None = None) -> Result:
-        """Let a vCPU make accesses; ``device`` holds what reads of MMIO addresses get, in order."""
+        """Let a vCPU make accesses; ``device`` holds what reads of MMIO addresses get, in order.
+
+        Raises:
+            ValueError: there is no such vCPU.
+        """
+        if vcpu not in self.vcpus:
+            raise ValueError(f"vCPU {vcpu} does not exist; expected one of {sorted(self.vcpus)}")
         cpu = self.vcpus[vcpu]
         count = accesses.gva.size
         result = Result(
@@ -216,6 +232,68 @@ class Guest:
             start = stop
         result.faults = np.concatenate(parts)
         return result
+
+    def drive(self, vcpu: int, accesses: Iterable[Stream], *, keep: bool = False) -> Driven:
+        """Let a vCPU of an unpaged guest make accesses for their faults alone; memory does not grow with the stream.
+
+        What :meth:`run` does, less what each access returned. The common case is fast: a block of accesses that are all
+        allowed costs a gather and two byte operations each, and write-protect faults that the fast path repairs are
+        served without looking further.
+
+        Args:
+            vcpu: which one.
+            accesses: pieces of the stream; reads, writes, increments and fetches only.
+            keep: True to keep the faults themselves too; ``access`` then counts from the first piece's start.
+
+        Raises:
+            ValueError: the guest is paged, has a dirty ring, keeps bytes, or a piece holds another op.
+        """
+        cpu, memory, direct = self.vcpus[vcpu], self.memory, self.direct
+        if cpu.format is not None or memory.ring_size or any(s.backing.bytes is not None for s in memory.slots):
+            raise ValueError("drive is for unpaged guests without a dirty ring and without bytes; use run")
+        counts = np.zeros(len(PATHS), dtype=np.int64)
+        kept: list[NDArray[np.void]] = [np.zeros(0, dtype=FAULT)]
+        total = 0
+        for piece in accesses:
+            if piece.op.size and piece.op.max() > FETCH:
+                raise ValueError(f"op is {int(piece.op.max())}; drive takes 0 to {int(FETCH)} only, use run")
+            slot = self._only_slot(piece.gva)
+            for start in range(0, piece.gva.size, BLOCK):
+                if slot is not None and not direct.closed(slot):
+                    break  # every page of the one slot is open for everything: no access can fault any more
+                part = piece.take(slice(start, start + BLOCK))
+                gfn = (part.gva >> np.uint64(12)).view(np.int64)
+                if slot is None:
+                    position, index = memory.locate(gfn)
+                else:
+                    position, index = np.zeros(gfn.shape, dtype=np.int16), gfn + (slot.first - slot.base)
+                    position[:] = memory.slots.index(slot)
+                allowed = direct.rights.take(index, mode="clip")  # (access,)
+                np.right_shift(allowed, part.op, out=allowed)
+                np.bitwise_and(allowed, np.uint8(1), out=allowed)
+                huge = direct.has_huge
+                if allowed.all() and not huge:
+                    continue
+                left = np.arange(gfn.size, dtype=np.int64) if huge else np.flatnonzero(allowed == 0)
+                if not keep and not huge:
+                    fixed, left = direct.repair(position, index, part.op, left)
+                    counts[FAST_FIXED] += fixed
+                if left.size:
+                    faults, _ = direct.settle(vcpu, Touches.of(part, left, position, index))
+                    counts += np.bincount(faults["path"], minlength=counts.size)
+                    if keep:
+                        faults["access"] += total + start
+                        kept.append(faults)
+                self._log(cpu)
+            total += piece.gva.size
+        return Driven(total, counts, np.concatenate(kept) if keep else kept[0])
+
+    def _only_slot(self, gva: Words) -> Slot | None:
+        """The slot that all these addresses lie in; None where there is no such slot."""
+        if not gva.size:
+            return None
+        low, high = int(gva.min()) >> 12, int(gva.max()) >> 12
+        return next((s for s in self.memory.slots if s.base <= low and high < s.base + s.pages), None)
 
     def _segment(self, cpu: VCPU, accesses: Stream, start: int, count: int) -> tuple[int, Walk]:
         """Walk ahead from ``start``; return the segment's end, and the walks of the accesses in it."""
@@ -325,11 +403,19 @@ class Guest:
 
     def _settle(self, cpu: VCPU, part: Stream, walks: Walk) -> Settled:
         """One segment on the direct MMU."""
-        touches = self._touches(part, walks)
+        touches = self._touches(part, walks) if cpu.format is not None else self._plain_touches(part)
         faults, device = self.direct.settle(cpu.number, touches)
         emulated = np.zeros(part.gva.shape, dtype=np.bool)
         emulated[touches.access[device & ~touches.walk]] = True
         return Settled(faults, walks.gpa, emulated, walks.fault, walks.code)
+
+    def _plain_touches(self, part: Stream) -> Touches:
+        """The touches of an unpaged guest, one an access; only those that could fault."""
+        slot, index = self.memory.locate((part.gva >> np.uint64(12)).view(np.int64))
+        self.direct.grow()
+        open_now = self.direct.rights.take(index) >> np.minimum(part.op, FETCH) & np.uint8(1)
+        may = (part.op <= FETCH) & ((open_now == 0) | self.direct.has_huge)
+        return Touches.of(part, np.flatnonzero(may), slot, index)
 
     def _mark_tables(self, cpu: VCPU, walks: Walk) -> None:
         """The CPU's own walks set A and D in the guest's entries."""
@@ -359,7 +445,11 @@ class Guest:
         self._marks.append((order, slot, index))
 
     def _log(self, cpu: VCPU) -> None:
-        """Enter the pages dirtied in a segment into the log, in the order of the touches."""
+        """Enter the pages dirtied in a segment into the log, in the order of the touches, which a ring records."""
+        if not self.memory.ring_size:
+            for _, slot, index in self._marks:
+                self.memory.mark_dirty(cpu.number, slot, index)
+            self._marks.clear()
         if self._marks:
             order, slot, index = (np.concatenate(parts) for parts in zip(*self._marks, strict=True))
             by_order = np.argsort(order, kind="stable")

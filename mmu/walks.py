@@ -233,7 +233,8 @@ def _tell(scene: Scenario, ways: list[Places], rec: Recorded) -> _Story:
         turns += [np.zeros(way.walks.size, dtype=np.int64), 2 * does + 2]
         end[steps.run + 1, 0] = np.append(0, way.after)[steps.first[1:]]
         end[steps.run + 1, 1] = 2 * steps.first[1:] + 1
-    last = np.maximum.accumulate(np.where(end[:, 0] >= np.maximum.accumulate(end[:, 0]), np.arange(len(end), dtype=np.int64), 0))
+    latest, run = np.maximum.accumulate(end[:, 0]), np.arange(len(end), dtype=np.int64)
+    last = np.maximum.accumulate(np.where(end[:, 0] == latest, run, 0))  # of the runs so far the one that ended last
     for column, of_host in zip((lines, turns), end[last[host.before_run]].T, strict=True):
         column.append(of_host)  # what the client wrote is there before all, or once the runs before it are over
 

@@ -341,6 +341,37 @@ def test_second_vcpu_finds_what_the_first_mapped() -> None:
     assert touch(machine, (WRITE, 5), (READ, 6), vcpu=1) == ["slow"]
 
 
+@pytest.mark.parametrize("switches", [{}, {"tdp_mmu": False}, {"policy": "none"}])
+def test_drive_is_run_without_the_values(switches: dict[str, object]) -> None:
+    """Driven in pieces, kept or counted, a stream gives the faults and bitmaps that it gives when run."""
+    rng = np.random.default_rng(7)
+    machines = [guest(300, backing=Backing(300), **switches) for _ in range(3)]
+    for _ in range(5):
+        gva = (RAM + rng.integers(0, 300, 2000).astype(np.uint64)) << np.uint64(12)
+        accesses = stream(rng.choice([READ, WRITE, INCREMENT, FETCH], 2000), gva)
+        ran = machines[0].run(0, accesses).faults
+        pieces = [accesses.take(slice(start, start + 700)) for start in range(0, 2000, 700)]
+        kept = machines[1].drive(0, pieces, keep=True)
+        counted = machines[2].drive(0, pieces)
+        names = [name for name in FAULT.names if name not in ("order", "old", "new")]  # frames come in another order
+        assert np.array_equal(ran[names], kept.faults[names])
+        assert kept.counts.tolist() == counted.counts.tolist() == np.bincount(ran["path"], minlength=9).tolist()
+        logs = []
+        for machine in machines:
+            slot = machine.memory.slots[0]
+            logs.append(machine.get_dirty_log(slot).tolist() if slot.logged else None)
+            machine.set_flags(slot, LOG_DIRTY_PAGES)
+        assert logs[0] == logs[1] == logs[2]
+
+
+def test_drive_refuses_what_it_cannot_do() -> None:
+    """Guests that keep bytes are for run, and so are control operations."""
+    with pytest.raises(ValueError, match="use run"):
+        guest().drive(0, [])
+    with pytest.raises(ValueError, match="op is 4; drive takes 0 to 3 only"):
+        guest(backing=Backing(64)).drive(0, [stream([vm.INVLPG], [0])])
+
+
 def plain_words(memory: list[int], accesses: list[tuple[int, int, int]]) -> list[int]:
     """Reads, writes and increments on words, one after the other."""
     found = []
@@ -375,6 +406,8 @@ def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="a backing has 0 pages"):
         Backing(0)
     machine = guest()
+    with pytest.raises(ValueError, match=r"vCPU 3 does not exist; expected one of \[0\]"):
+        machine.run(3, stream([READ], [0]))
     with pytest.raises(ValueError, match=r"slot 2 at gfn 0x1020 overlaps slot 1"):
         machine.add_slot(2, 0x1020, 4)
     with pytest.raises(ValueError, match="slot 3 has 9 pages; its backing has 8"):

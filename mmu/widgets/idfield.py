@@ -30,7 +30,7 @@ class IdFieldPlayer(Player):
             raise ValueError(f"{width} bits from bit {low} up; expected 1 to {WIDEST} bits inside the 64 of an spte")
         super().__init__(
             alt="The 64 bits of an EPT spte of 2012 and in them a field for a vCPU's id that you move and widen; "
-            f"under them, which fields it overlaps and how many ids it has. It starts with {width} bits from bit {low} up.",
+            f"under them, what it overlaps and how many ids it has. It starts with {width} bits from bit {low} up.",
             data={
                 "cells": cells,
                 "states": [[self._state(lowest, wide) for lowest in range(65 - wide)] for wide in range(1, WIDEST + 1)],

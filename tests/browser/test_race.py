@@ -54,6 +54,8 @@ protect_then_fault:
 """
 )
 WON = {  # name: page, program, memory
+    "free-under": ("05-walk-and-free", protocols.program("walk-none", "seed", 2), "SC"),
+    "walk-no-mb": ("05-walk-and-free", protocols.program("walk-mode", "no-fault-mb", 2), "TSO"),
     "flags-tso": ("06-store-buffers", Program(FLAGS, [["left"], ["right"]]), "TSO"),
     "no-fault-mb": ("06-store-buffers", protocols.program("one-shot", "no-fault-mb", 2), "TSO"),
     "no-id": ("07-cmpxchg", Program(PLAN, [["fault"], ["protect"]]), "SC"),
@@ -70,6 +72,7 @@ WON = {  # name: page, program, memory
     "late-flush": ("12-what-became", RACES["late-flush"].program(), "SC"),
 }
 NEVER = {
+    "walk-mode": ("05-walk-and-free", protocols.program("walk-mode", "seed", 3), "TSO"),
     "flags-sc": ("06-store-buffers", Program(FLAGS, [["left"], ["right"]]), "SC"),
     "seed": ("08-identification", protocols.program("one-shot", "seed", 3), "TSO"),
     "unique-id": ("09-unique-ids", Program(protocols.SEED_2012, THREE), "SC"),
