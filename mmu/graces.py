@@ -72,8 +72,8 @@ def grace_period(walks: Walks, at: float, before: float, after: float) -> Pictur
     return Picture(
         figure,
         f"{vcpus} vCPUs walk; when the page is unlinked, {int(met.sum())} of them are inside a walk. The last of "
-        f"these ends {freed - at:.0f} ns later, and then the page is freed. Not waited for: walks that began in between, "
-        f"{int(later.sum())} in all.",
+        f"these ends {freed - at:.0f} ns later, and then the page is freed. Not waited for: walks that began in "
+        f"between, {int(later.sum())} in all.",
     )
 
 
