@@ -70,6 +70,9 @@ def signs_of(piece: trace.Trace) -> dict[str, int]:
     signs["absent without 63"] = len(absent) - signs["absent with 63"]
     signs["wide pferr"] = int(np.count_nonzero(fast["error_code"] >> np.uint64(32)))
     signs["narrow pferr"] = len(fast) - signs["wide pferr"]
+    spurious, fixed = fast["spurious"] == 1, fast["fixed"] == 1
+    signs["fast"], signs["flags both"] = len(fast), int(np.count_nonzero(spurious & fixed))
+    signs["flags apart"] = int(np.count_nonzero(spurious & ~fixed & (fast["new"] & _bits(1) != 0)))
     for event in piece:
         if event.endswith("_page_fault_ret") and event != "fast_page_fault_ret":
             for value in (4, 5):
@@ -98,6 +101,14 @@ def infer_mmu(signs: Counter[str]) -> str | None:
     if signs["code pfec"]:
         return "shadow"
     return "ept" if signs["ept 57, 58"] else None
+
+
+def old_flags(signs: Counter[str]) -> bool:
+    """Whether ``spurious`` and ``fixed`` of fast_page_fault tell of W in the old and in the new spte, as up to 5.13.
+
+    Since then they tell what the fast path returned, so that never both are 1.
+    """
+    return _but_few(signs["flags both"], signs["flags apart"]) > signs["flags apart"]
 
 
 def infer_layout(signs: Counter[str]) -> tuple[str | None, str]:

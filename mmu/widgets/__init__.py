@@ -12,6 +12,7 @@ from mmu.widgets.place import PlacePlayer
 from mmu.widgets.player import Player, bundle, style
 from mmu.widgets.question import Question
 from mmu.widgets.race import RacePlayer, counterexample
+from mmu.widgets.rounds import RoundsPlayer
 from mmu.widgets.spte import SptePlayer
 from mmu.widgets.walk import WalkPlayer
 
@@ -24,6 +25,7 @@ __all__ = [
     "Player",
     "Question",
     "RacePlayer",
+    "RoundsPlayer",
     "SptePlayer",
     "WalkPlayer",
     "bundle",

@@ -67,7 +67,7 @@ function render({ model, el }) {
     if (moves.length) list.push(h("li", { class: "mmu-oops" }, h("span", { "aria-hidden": "true" }, "✕ "), "OOPS: the walk uses a page that was freed."));
     lanes.replaceChildren(...list);
     lanes.hidden = !moves.length;
-    undo.disabled = !state.depth;
+    grey(undo, !state.depth);
   };
   const state = history(start, draw);
   el.classList.add("mmu-place");
