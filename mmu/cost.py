@@ -266,7 +266,9 @@ def price(
     rates = np.array([faults_per_access(float(each), rng) for each in shares], dtype=np.float64)
     per_access = rates[which.ravel()]
     spent = model.guest if access is None else access
-    between = np.divide(spent, per_access, out=np.full(per_access.shape, np.inf), where=per_access > 0)
+    between = np.divide(
+        spent, per_access, out=np.full(per_access.shape, np.inf, dtype=np.float64), where=per_access > 0
+    )
     slow, fast = np.zeros(many.shape, dtype=np.float64), many / (between + model.fast.total)
     waiting = np.zeros(many.shape, dtype=np.float64)
     some = per_access > 0

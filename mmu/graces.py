@@ -72,8 +72,8 @@ def grace_period(walks: Walks, at: float, before: float, after: float) -> Pictur
     return Picture(
         figure,
         f"{vcpus} vCPUs walk; when the page is unlinked, {int(met.sum())} of them are inside a walk. The last of "
-        f"these ends {freed - at:.0f} ns later, and then the page is freed. Not waited for: walks that began in between, "
-        f"{int(later.sum())} in all.",
+        f"these ends {freed - at:.0f} ns later, and then the page is freed. Not waited for: walks that began in "
+        f"between, {int(later.sum())} in all.",
     )
 
 
@@ -170,7 +170,9 @@ def pages_waiting(runs: Mapping[str, Freeing], span: float) -> Picture:
         panels = figure.subplots(len(runs), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
         for axes, style, (name, run) in zip(panels, _STYLE, runs.items(), strict=False):
             edges = np.concatenate([run.unlinked[:1], run.freed[:1]], axis=-1)
-            edges = np.unique(np.concatenate([np.zeros((1, 1)), edges[edges <= span][None, :]], axis=-1))[None, :]
+            edges = np.unique(
+                np.concatenate([np.zeros((1, 1), dtype=np.float64), edges[edges <= span][None, :]], axis=-1)
+            )[None, :]
             count = run.waiting(edges)[0]
             axes.fill_between(edges[0] / 1e6, count, step="post", color=style["color"], alpha=0.18, linewidth=0)
             axes.step(edges[0] / 1e6, count, where="post", color=style["color"], linewidth=1.2)

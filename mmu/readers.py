@@ -121,7 +121,9 @@ class Readers:
 
     def mean_wait(self) -> float:
         """The mean of the wait whose distribution is :meth:`within`, ns: the area above it."""
-        grid = np.concatenate([np.zeros(1), np.geomspace(1e-3, 60 * max(self.walk.usual, self.walk.long), 1 << 14)])
+        grid = np.concatenate(
+            [np.zeros(1, dtype=np.float64), np.geomspace(1e-3, 60 * max(self.walk.usual, self.walk.long), 1 << 14)]
+        )
         return float(np.trapezoid(1 - self.within(grid), grid))
 
     def quantile(self, q: float) -> float:
@@ -355,7 +357,9 @@ def counter_rate(vcpus: int, think: float, service: float) -> float:
     waiting = np.maximum(counted, 1)[:, None]  # (left behind, 1): an idle line is first waited for, then one has come
     new = counted - (waiting - 1)  # (left behind, left behind by the next): how many came meanwhile
     away = vcpus - waiting
-    log_factorial = np.concatenate([np.zeros(1), np.cumsum(np.log(np.arange(1, vcpus + 1, dtype=np.float64)))])
+    log_factorial = np.concatenate(
+        [np.zeros(1, dtype=np.float64), np.cumsum(np.log(np.arange(1, vcpus + 1, dtype=np.float64)))]
+    )
     possible = (new >= 0) & (new <= away)
     new = np.where(possible, new, 0)
     ways = log_factorial[away] - log_factorial[new] - log_factorial[away - new]

@@ -20,8 +20,8 @@ def test_grace_period():
     """Of three vCPUs two are inside at 1000 ns, the later one until 1400; one walk begins in between."""
     alt = graces.grace_period(WALKS, 1000.0, 500.0, 500.0).alt
     assert alt == (
-        "3 vCPUs walk; when the page is unlinked, 2 of them are inside a walk. The last of these ends 400 ns later, and "
-        "then the page is freed. Not waited for: walks that began in between, 1 in all."
+        "3 vCPUs walk; when the page is unlinked, 2 of them are inside a walk. The last of these ends 400 ns later, "
+        "and then the page is freed. Not waited for: walks that began in between, 1 in all."
     )
 
 

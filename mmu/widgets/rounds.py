@@ -68,8 +68,8 @@ class RoundsPlayer(Player):
     Every setting is a run of the simulated guest, made here. Chapter 4; with other kinds in chapters 2, 3 and 8.
 
     Args:
-        by: what faults are sorted by, a key of :data:`KINDS`.
-        machines: keys of :data:`mmu.rounds.MACHINES`.
+        by: what faults are sorted by, a key of ``KINDS``.
+        machines: keys of ``mmu.rounds.MACHINES``.
         intervals: accesses between two readings of the log.
         shares: shares of writes, 0 to 1.
         edits: page-table entries that the guest edits in a round.

@@ -67,7 +67,7 @@ function render({ model, el }) {
     if (moves.length) list.push(h("li", { class: "mmu-oops" }, h("span", { "aria-hidden": "true" }, "✕ "), "OOPS: the walk uses a page that was freed."));
     lanes.replaceChildren(...list);
     lanes.hidden = !moves.length;
-    undo.disabled = !state.depth;
+    grey(undo, !state.depth);
   };
   const state = history(start, draw);
   el.classList.add("mmu-place");
@@ -75,7 +75,7 @@ function render({ model, el }) {
     h("div", {}, choices.map(({ line }) => line)),
     h("div", { class: "mmu-actors" }, sides.map(({ box }) => box)), spoken, heading, lanes,
     h("div", { class: "mmu-controls" }, undo, h("button", { type: "button", onclick: () => { row = 0; state.reset(); } }, "Reset"),
-      h("span", { class: "mmu-keys" }, "Keys: ↑ ↓ pick a line, ← → change it, U undo, R reset")));
+      h("span", { class: "mmu-keys" }, "Click or Tab here, then: ↑ ↓ pick a line, ← → change it, U undo, R reset")));
   onKeys(el, { ArrowLeft: () => step(-1), ArrowRight: () => step(1), ArrowUp: () => pick(-1), ArrowDown: () => pick(1),
     u: () => state.undo(), r: () => { row = 0; state.reset(); } });
   el.tabIndex = 0;
