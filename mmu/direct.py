@@ -160,14 +160,12 @@ class DirectMMU:
         if self.kernel.policy == "none" or not mine.any():
             return 0, denied
         page, word = (page, word) if mine.all() else (page[mine], word[mine])
+        here = np.arange(page.size, dtype=np.uint64)
+        self.sptes[page] = here  # lent to find one touch of each page: an array of its own would miss the cache again
+        first = self.sptes.take(page) == here
         self.sptes[page] = word | self.bits.w
         self.rights[page] |= CAN_WRITE
-        if self._lead.size < self.memory.size:
-            self._lead = np.zeros(self.memory.size, dtype=np.int64)
-        here = np.arange(page.size, dtype=np.int64)
-        self._lead[page] = here
-        first = self._lead.take(page) == here  # one of the touches of each page
-        self.on_dirty(here[first], slot[denied][mine][first], page[first])
+        self.on_dirty(here[first].view(np.int64), slot[denied][mine][first], page[first])
         return int(first.sum()), denied[~mine]
 
     def may_fault(self, touches: Touches) -> Bools:
