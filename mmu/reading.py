@@ -29,15 +29,14 @@ from mmu import handling, histories, update
 from mmu.scan import MISSING
 from mmu.trace import Trace
 
-PATHS = ("nothing recorded", "slow", "MMIO", "handed back", "already allowed", "fast")
-"""The paths that :func:`paths` tells apart; where a fault shows several, the one that stands later here."""
+PATHS = ("no repair seen", "slow", "MMIO", "handed back", "already allowed", "fast")
+"""The paths that :func:`paths` tells apart; where a fault shows several, the one that stands latest here."""
 
 NOTHING, SLOW, MMIO, GUEST, ALLOWED, FAST = range(len(PATHS))
 
-_SHOWS = {
+_SHOWS = {  # not kvm_tdp_mmu_spte_changed: the host's taking a page away in the middle of a fault records it as well
     "kvm_mmu_set_spte": SLOW,
     "kvm_mmu_spte_requested": SLOW,
-    "kvm_tdp_mmu_spte_changed": SLOW,
     "kvm_mmu_get_page": SLOW,
     "mark_mmio_spte": MMIO,
     "handle_mmio_page_fault": MMIO,
@@ -72,8 +71,8 @@ def paths(recording: Trace) -> NDArray[np.int8]:
 
     ``fast``: repaired without the mmu-lock. ``already allowed``: the entry permitted the access when it was looked at.
     ``handed back``: injected into the guest. ``MMIO``: no memory is there. ``slow``: an entry was made or changed.
-    ``nothing recorded``: none of these between the fault and the thread's next VM entry or fault; a retry, or an event
-    that was not enabled.
+    ``no repair seen``: none of these between the fault and the thread's next VM exit, entry or fault; a retry, or an
+    event that was not enabled.
     """
     order, thread = _threads(recording)
     mine = np.argsort(thread, kind="stable")  # each thread's events together, in their order
