@@ -34,13 +34,14 @@ PATHS = ("no repair seen", "slow", "MMIO", "handed back", "already allowed", "fa
 
 NOTHING, SLOW, MMIO, GUEST, ALLOWED, FAST = range(len(PATHS))
 
-_SHOWS = {  # not kvm_tdp_mmu_spte_changed: the host's taking a page away in the middle of a fault records it as well
+# Not kvm_tdp_mmu_spte_changed: the host's taking a page away in the middle of a fault records it as well. Nor
+# check_mmio_spte: where it finds the mark out of date, memory may have come to this address.
+_SHOWS = {
     "kvm_mmu_set_spte": SLOW,
     "kvm_mmu_spte_requested": SLOW,
     "kvm_mmu_get_page": SLOW,
     "mark_mmio_spte": MMIO,
     "handle_mmio_page_fault": MMIO,
-    "check_mmio_spte": MMIO,
     "kvm_inj_exception": GUEST,
 }
 LANES = 3
