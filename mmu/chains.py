@@ -38,12 +38,16 @@ UNSET = Rule(
 )
 SEEN = Rule("the fast path finds what the entry's events left", "Linux 6.1 mmu.c, fast_page_fault", "layout, history")
 TAKEN = Rule("when W is gone again after a fast fix, an event tells who took it", _EACH, "layout, history")
-RULES = (LINK, UNSET, SEEN, TAKEN)
+MOVED = Rule(
+    "a table stays where it is", "Linux 6.1 mmu.c, kvm_mmu_get_page: a new place is a new page", "layout, history"
+)
+RULES = (LINK, UNSET, SEEN, TAKEN, MOVED)
 
 KNOWN = 1 << 20  # sptes whose last change is remembered
 HELD = 64  # lines at the end of a piece whose changes wait for what may stand out of order behind them
 EPOCH = np.uint64(58)  # bits 58 to 60 of a name; they tell histories apart that a new root or a loss separates
 _NO = np.uint64(MISSING)
+_ORDERS = [(2, [1, 0]), (3, [1, 2, 0]), (3, [2, 0, 1]), (3, [2, 1, 0])]  # in which neighbours may really have come
 
 _STATE = np.dtype(
     [
@@ -56,6 +60,8 @@ _STATE = np.dtype(
         ("gfn", np.uint64),
     ]
 )
+
+_PLACE = np.dtype([("key", np.uint64), ("epoch", np.int64), ("line", np.int64), ("frame", np.uint64)])
 
 
 class Chains:
@@ -71,7 +77,10 @@ class Chains:
         self._table = np.zeros(0, dtype=_STATE)  # (spte,) by key
         self._held = np.zeros(0, dtype=[*histories.CHANGE.descr, ("epoch", np.int64)])
         self._splits = np.zeros(0, dtype=[("key", np.uint64), ("line", np.int64)])  # by parent, newest
+        self._places = np.zeros(0, dtype=_PLACE)  # of each table, the newest
+        self._made = np.zeros(0, dtype=_PLACE)  # when a table was made anew
         self._excuses = np.zeros(0, dtype=np.int64)  # lines after which an entry may have changed without an event
+        self._placed = 0  # the last line whose place was judged
         bits = form.bits
         self._w, self._host, self._pfn = (np.uint64(bits.mask(name)) for name in ("W", "HOST_W", "PFN"))
         self._used = np.uint64(sum(bits.mask(name) for name in ("A", "D") if name in bits))
@@ -90,6 +99,7 @@ class Chains:
         for name in rows.dtype.names:
             fresh[name] = rows[name]
         fresh["epoch"] = epoch
+        self._judge_places(piece, fresh)
         fresh = fresh[~rows["restated"] & (rows["key"] != UNNAMED)]
         excuses = [piece[name]["line"] for name in ("kvm_set_spte_hva", "kvm_mmu_split_huge_page")]
         self._excuses = np.sort(np.concatenate([self._excuses[-1:], *excuses]))
@@ -198,7 +208,7 @@ class Chains:
         judged &= tdp | ((changes["event"] == FAST) & (before["gfn"] == changes["gfn"]) & ~np.bool_(self.names.tdp_mmu))
         bad = judged & ~self._fits(tdp, before["left"], changes["old"])
         if bad.any():
-            bad &= ~self._swapped(changes, left, before, bad, tdp)
+            bad &= ~self._reordered(changes, left, before, bad, tdp)
             where = np.flatnonzero(bad)
             bad[where[self._excused(changes[where], before[where], tdp[where])]] = False
 
@@ -210,34 +220,42 @@ class Chains:
             self.ledger.judge(rule, int(of.sum()), np.flatnonzero(bad & of), lines, say)
         self._judge_taken(changes, tdp)
 
-    def _swapped(self, changes: NDArray[Any], left: Words, before: NDArray[Any], bad: Bools, tdp: Bools) -> Bools:
-        """Which broken links are whole when two neighbours of different tasks are read in the other order."""
+    def _reordered(self, changes: NDArray[Any], left: Words, before: NDArray[Any], bad: Bools, tdp: Bools) -> Bools:
+        """Which broken links are whole when two or three neighbours of different tasks are read in another order.
+
+        Where the last of a history turns out to be an earlier one, what it ``left`` is put right.
+        """
         n = len(changes)
         healed = np.zeros(n, dtype=np.bool_)
-        if n < 2:
-            return healed
-        i = np.arange(n - 1, dtype=np.int64)  # the pair (i, i + 1)
-        old = changes["old"]
-
-        def linked(state: Words, known: Bools, to: Lines) -> Bools:
-            return ~known | (old[to] == _NO) | (state == _NO) | self._fits(tdp[to], state, old[to])
-
-        same = (changes["key"][1:] == changes["key"][:-1]) & (changes["epoch"][1:] == changes["epoch"][:-1])
-        follows = np.minimum(i + 2, n - 1)
-        third = (i + 2 < n) & (changes["key"][follows] == changes["key"][i]) & (
-            changes["epoch"][follows] == changes["epoch"][i]
-        )  # fmt: skip
-        pair = same & (changes["pid"][1:] != changes["pid"][:-1])
-        pair &= bad[:-1] | bad[1:] | (third & bad[follows])
-        pair &= linked(before["left"][:-1], before["line"][:-1] > 0, i + 1)
-        pair &= linked(left[1:], np.ones(n - 1, dtype=np.bool_), i)
-        pair &= linked(left[:-1], third, follows)
-        at = np.flatnonzero(pair)
-        healed[at] = healed[at + 1] = True
-        healed[follows[at][third[at]]] = True
-        last = at[~third[at]]
-        left[last + 1] = left[last]  # the first of the two was the later: what it left stays
+        old, key, epoch, pid = (changes[name] for name in ("old", "key", "epoch", "pid"))
+        sick = np.flatnonzero(bad)
+        for size, order in _ORDERS:
+            for start in range(1 - size, 1):
+                first = sick[~healed[sick]] + start  # (window,)
+                first = first[(first >= 0) & (first + size <= n)]
+                window = first[:, None] + np.arange(size, dtype=np.int64)  # (window, place)
+                whole = ((key[window] == key[first][:, None]) & (epoch[window] == epoch[first][:, None])).all(axis=1)
+                for a in range(size):
+                    for b in range(a):
+                        swapped = order.index(a) < order.index(b)
+                        whole &= ~np.bool_(swapped) | (pid[window[:, a]] != pid[window[:, b]])
+                turned = window[:, order]
+                state, known = before["left"][first], before["line"][first] > 0
+                for place in range(size):
+                    to = turned[:, place]
+                    whole &= self._linked(state, known, old[to], tdp[to])
+                    state, known = left[to], np.ones(len(to), dtype=np.bool_)
+                follows = np.minimum(first + size, n - 1)
+                more = (first + size < n) & (key[follows] == key[first]) & (epoch[follows] == epoch[first])
+                whole &= self._linked(state, more, old[follows], tdp[follows])
+                healed[window[whole]] = True
+                healed[follows[whole & more]] = True
+                last = whole & ~more
+                left[window[last, -1]] = state[last]
         return healed
+
+    def _linked(self, state: Words, known: Bools, old: Words, tdp: Bools) -> Bools:
+        return ~known | (old == _NO) | (state == _NO) | self._fits(tdp, state, old)
 
     def _excused(self, changes: NDArray[Any], before: NDArray[Any], tdp: Bools) -> Bools:
         """A split made the entry; or, outside the TDP MMU, the host's notifier or a split may have."""
@@ -337,6 +355,41 @@ class Chains:
 
         self.ledger.judge(SEEN, int(seen.sum()), bad, (where, sights["line"]), say)
 
+    def _judge_places(self, piece: trace.Trace, rows: NDArray[Any]) -> None:
+        """Entries of one table lie in one page, until the table is made anew; direct tables, whose gfns tell them."""
+        sets = rows["restated"] & (rows["event"] != FAST) & (rows["at"] != _NO)
+        fast = (rows["event"] == FAST) & (rows["sptep"] >= np.uint64(1 << 63)) & np.bool_(self.names.offset is not None)
+        of = rows[sets | (fast & np.bool_(not self.names.spaces))]
+        made = piece["kvm_mmu_get_page"]
+        made = made[made["level"] > 0]
+        new = np.zeros(len(made), dtype=_PLACE)
+        new["key"] = histories.key_of_gfn(np.zeros(len(made), dtype=np.int64), made["level"], made["gfn"])
+        new["line"] = made["line"]
+        self._made = np.concatenate([self._made, new])[-KNOWN // 16 :]
+        seen = np.zeros(len(of), dtype=_PLACE)
+        covers = np.uint64(9) * np.clip(of["level"], 1, 5).astype(np.uint64)
+        gfn = of["gfn"] >> covers << covers
+        seen["key"] = histories.key_of_gfn(np.zeros(len(of), dtype=np.int64), of["level"], gfn)
+        where = np.where(of["event"] == FAST, of["sptep"] - np.uint64(self.names.offset or 0), of["at"])
+        seen["epoch"], seen["line"], seen["frame"] = of["epoch"], of["line"], where >> np.uint64(12)
+        every = np.concatenate([self._places, seen])
+        every = every[np.lexsort((every["line"], every["key"]))]
+        a, b = every[:-1], every[1:]
+        judged = (a["key"] == b["key"]) & (a["epoch"] == b["epoch"]) & (b["line"] > self._placed)
+        bad = np.flatnonzero(judged & (a["frame"] != b["frame"]))
+        if len(bad):
+            lines = np.sort(self._made, order=("key", "line"))
+            code, names = _numbered(lines["key"], lines["line"], b["key"][bad])
+            again = np.searchsorted(code, names | a["line"][bad]) < np.searchsorted(code, names | b["line"][bad])
+            bad = bad[~again]
+        self.ledger.judge(
+            MOVED, int(judged.sum()), bad, (a["line"], b["line"]),
+            lambda i: f"page {int(a['frame'][i]):#x}, then {int(b['frame'][i]):#x}",
+        )  # fmt: skip
+        newest = every[np.append(every["key"][1:] != every["key"][:-1], np.ones(min(len(every), 1), dtype=np.bool_))]
+        self._places = newest[-KNOWN // 16 :]
+        self._placed = max(self._placed, int(rows["line"][-1]) if len(rows) else 0)
+
     def _store(self, changes: NDArray[Any], left: Words) -> None:
         if not len(changes):
             return
@@ -354,6 +407,13 @@ class Chains:
         if len(both) > KNOWN:
             both = np.sort(both[np.argsort(both["line"], kind="stable")[len(both) - KNOWN // 2 :]], order="key")
         self._table = both
+
+
+def _numbered(keys: Words, lines: Lines, asked: Words) -> tuple[Lines, Lines]:
+    """Sorted (key, line) pairs as single numbers, and the numbers of other keys at line 0."""
+    _, number = np.unique(np.concatenate([keys, asked]), return_inverse=True)
+    number = number.astype(np.int64) << 40
+    return np.sort(number[: len(keys)] | lines), number[len(keys) :]
 
 
 def _coded(epoch: Lines) -> Words:

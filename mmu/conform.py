@@ -33,6 +33,7 @@ Lines = NDArray[np.int64]
 
 CPU_TIME = Rule("a CPU's events are printed in the order of time", "Linux 6.1 ring_buffer.c", "history")
 TIME = Rule("events are printed in the order of time", "Linux 6.1 trace.c, __find_next_entry", "order")
+TWICE = Rule("a task prints each event once", "Linux 6.1 trace_events.c: one record an event", "order")
 RING = Rule("a dirty ring's pushes count up one by one", "Linux 6.1 dirty_ring.c, kvm_dirty_ring_push", "history")
 BACKWARDS = Rule("the memslot generation never goes back", "Linux 6.1 kvm_main.c, kvm_swap_active_memslots", "history")
 
@@ -89,7 +90,7 @@ class Conformance:
         self.chains = None if self.form is None else chains.Chains(
             self.ledger, self.form, self.names, fast_printed=signs["fast"] > 0
         )  # fmt: skip
-        self.order = order.Order(self.ledger, self.form, ept=self.ept)
+        self.order = order.Order(self.ledger, self.form, ept=self.ept, seen=infer.events_of(signs))
         self.symptoms = Symptoms(self.ledger, ept=self.ept)
         self.events = 0
         self.lost: list[NDArray[Any]] = [np.zeros(0, dtype=WINDOW)]
@@ -123,6 +124,7 @@ class Conformance:
         if self.chains is not None:
             self.chains.add(piece, rows, self._epoch(piece, rows, breaks))
         self.symptoms.add(piece, rows, era)
+        self._twice(piece)
         self._ring(piece["kvm_dirty_ring_push"])
         self._generation(piece)
 
@@ -249,6 +251,21 @@ class Conformance:
 
     def _gone(self, words: NDArray[np.uint64]) -> NDArray[np.bool_]:
         return np.isin(words & ~np.uint64(1 << 63), np.array([0, 0x5A0], dtype=np.uint64))
+
+    def _twice(self, piece: trace.Trace) -> None:
+        """An event that stands there twice, line after line, to the microsecond; an emulated REP may repeat itself."""
+        for name in piece:
+            events = piece[name]
+            if name not in trace.FORMATS or name in ("kvm_emulate_insn", "kvm_mmio", "tracing_mark_write"):
+                continue
+            same = (np.diff(events["line"]) == 1) & (events["ns"][1:] >= 0) & (events["count"][1:] == 1)
+            next_ = np.flatnonzero(same) + 1
+            equal = np.ones(len(next_), dtype=np.bool_)
+            for field in events.dtype.names:
+                if field != "line":
+                    equal &= events[field][next_] == events[field][next_ - 1]
+            lines = np.concatenate([np.zeros(1, dtype=np.int64), events["line"][:-1]])
+            self.ledger.judge(TWICE, len(events), next_[equal], (lines, events["line"]), lambda i, n=name: n)
 
     # Counters --------------------------------------------------------------------------------------------------------
 

@@ -78,6 +78,8 @@ def signs_of(piece: trace.Trace) -> dict[str, int]:
             for value in (4, 5):
                 signs[f"returned {value}"] += int(np.count_nonzero(piece[event]["ret"] == value))
     signs["walk"] = len(piece["kvm_mmu_pagetable_walk"])
+    for event in piece:
+        signs[f"event {'*_page_fault_ret' if event.endswith('_page_fault_ret') else event}"] += len(piece[event])
     return signs
 
 
@@ -101,6 +103,11 @@ def infer_mmu(signs: Counter[str]) -> str | None:
     if signs["code pfec"]:
         return "shadow"
     return "ept" if signs["ept 57, 58"] else None
+
+
+def events_of(signs: Counter[str]) -> set[str]:
+    """The names of the trace's events; ``*_page_fault_ret`` stands for all that end so."""
+    return {sign.removeprefix("event ") for sign in signs if sign.startswith("event ")}
 
 
 def old_flags(signs: Counter[str]) -> bool:

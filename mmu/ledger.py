@@ -92,7 +92,9 @@ class Ledger:
         Returns:
             ``findings`` (lines, rule, source, what), ``not_applied`` (rule, reason), ``agree`` and ``of`` (events).
         """
-        findings, not_applied = [], [{"rule": rule.name, "reason": why} for rule, why in self.excused.items()]
+        findings, not_applied = [], []
+        for rule, why in self.excused.items():
+            not_applied.append({"rule": rule.name, "reason": why})
         blamed = [np.zeros(0, dtype=np.int64)]
         lost = np.sort(lost, order="first")
         reach = np.maximum.accumulate(lost["last"]) if len(lost) else lost["last"]

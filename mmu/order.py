@@ -13,12 +13,13 @@ Facts: Linux 6.1 ``x86.c``, ``svm/svm.c``, ``vmx/vmx.c``, ``mmu/mmu.c``, ``mmu/t
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mmu import pfec, spte, trace
+from mmu import pfec, spte, trace, update
 from mmu.kernel import RETURN_NUMBERS
 from mmu.ledger import Ledger, Rule
 from mmu.scan import MISSING
@@ -41,16 +42,36 @@ FAULT_MISSING = Rule("an exit for a fault has its fault", "Linux 6.1 npf_interce
 AGAIN = Rule("after a repaired fault the guest runs the same instruction", f"{_MMU}, kvm_mmu_page_fault", "order")
 FAST_FAULT = Rule("the fast path is about the fault before it", f"{_MMU}, fast_page_fault", "order")
 FAST_ONCE = Rule("a fault goes through the fast path once", f"{_MMU}, direct_page_fault", "order")
+FAST_FIRST = Rule("the fast path is tried before anything else", f"{_MMU}, direct_page_fault", "order")
 FAST_MISSING = Rule("a write to a present page goes through the fast path", f"{_MMU}, page_fault_can_be_fast", "order")
 RETURN_ONCE = Rule("a fault returns once", f"{_MMU}, kvm_mmu_do_page_fault", "order")
+RETURN_LAST = Rule("a fault maps nothing after it has returned", f"{_MMU}, kvm_mmu_do_page_fault", "order")
 RETURN_MISSING = Rule("a fault returns", f"{_MMU}, kvm_mmu_do_page_fault", "order")
 RETURN_FAST = Rule("what the fast path did is what the fault returns", f"{_MMU}, direct_page_fault", "order, layout")
 RETURN_FIXED = Rule("a fault that returns FIXED has changed an spte", f"{_MMU}, direct_page_fault", "order, layout")
 RETURN_RETRY = Rule("a fault that returns RETRY has set none", f"{_MMU}, direct_page_fault", "order, layout")
+RETURN_KNOWN = Rule(
+    "a fault returns one of the values that leave the handler", f"{_MMU}, kvm_mmu_do_page_fault", "order, layout"
+)
+RETURN_SPURIOUS = Rule(
+    "a fault that returns SPURIOUS met an spte that was there", f"{_MMU}, direct_page_fault", "order, layout"
+)
+RETURN_INNER = Rule("the fast path returns before the fault does", "Linux 6.12 mmu.c, kvm_tdp_page_fault", "order")
+EMULATED = Rule(
+    "what returns EMULATE is emulated, what was repaired is not", f"{_MMU}, kvm_mmu_page_fault", "order, layout"
+)
 REQUEST_FAULT = Rule("what is requested is what faulted", f"{_MMU}, direct_map; tdp_mmu.c, kvm_tdp_mmu_map", "order")
 REQUEST_ONCE = Rule("a fault requests one spte", f"{_MMU}, direct_map; tdp_mmu.c, kvm_tdp_mmu_map", "order")
 SET_REQUEST = Rule("an spte is set on a request, to the pfn requested", f"{_MMU}, mmu_set_spte", "order, layout")
 SET_ONCE = Rule("a fault sets an spte once", f"{_MMU}, mmu_set_spte", "order")
+SET_FIRST = Rule("what was requested is set first", f"{_MMU}, direct_map, FNAME(fetch)", "order")
+SET_PLACE = Rule("an entry lies where its gfn says", f"{_MMU}, shadow_walk_init: the index is of the address", "order")
+SET_ACCESSED = Rule("what a fault sets is accessed", "Linux 6.1 spte.c, make_spte", "order, layout")
+CHANGE_ONE = Rule(
+    "no change but a fault's does more than take W, A or D, or age", f"{_TDP}, its callers", "order, layout"
+)
+CHANGE_REQUEST = Rule("a fault maps and links on a request", f"{_TDP}, kvm_tdp_mmu_map", "order, layout")
+TABLE_GFN = Rule("a table that a fault makes covers what was requested", f"{_MMU}, direct_map; tdp_mmu.c", "order")
 CHANGE_SET = Rule("what the TDP MMU maps it prints as set", f"{_TDP}, tdp_mmu_map_handle_target_level", "order, layout")
 SET_CHANGE = Rule("what the TDP MMU fixed it has changed", f"{_TDP}, tdp_mmu_map_handle_target_level", "order, layout")
 TABLE_GONE = Rule("a table that is cut off is zapped next", f"{_TDP}, handle_removed_pt", "order, layout")
@@ -64,10 +85,29 @@ WALK_FAULT = Rule("the guest's tables are walked for the access that faulted", f
 INJECTED = Rule(
     "the #PF that is injected is the one that a walk found", f"{_RUN}, kvm_inject_emulated_page_fault", "order"
 )
+LEAF_REQUESTED = Rule("what is requested is what the guest's leaf maps", f"{_WALKER}, page_fault", "order")
 MMIO_VALID = Rule("an MMIO spte is used after it was found valid", f"{_MMU}, handle_mmio_page_fault", "order")
 MMIO_SAME = Rule("MMIO is done at the address that was matched", f"{_RUN}, emulator_read_write_onepage", "order")
+MMIO_DONE = Rule("MMIO that was matched is done next", f"{_RUN}, emulator_read_write_onepage", "order")
+MMIO_FAULT = Rule(
+    "the MMIO spte is the one of the address that faulted", f"{_MMU}, handle_mmio_page_fault", "order, layout"
+)
+MMIO_EMULATED = Rule("MMIO is done by an instruction that is emulated", f"{_RUN}, x86_emulate_instruction", "order")
+USER_AFTER = Rule("KVM returns to user space from outside the guest", f"{_RUN}, kvm_arch_vcpu_ioctl_run", "order")
 
 LAYOUT_RULES = tuple(rule for rule in list(globals().values()) if isinstance(rule, Rule) and "layout" in rule.needs)
+
+NEEDED = {  # events without which a rule says nothing; the kvm_ of their names left out
+    ENTER: ("exit",), LEAVE: ("entry",), FAULT_EXIT: ("exit",), FAULT_MISSING: ("page_fault",),
+    FAST_FAULT: ("page_fault",), FAST_MISSING: ("fast_page_fault",), RETURN_MISSING: ("*_page_fault_ret",),
+    RETURN_FIXED: ("mmu_set_spte",), REQUEST_FAULT: ("page_fault",), SET_REQUEST: ("mmu_spte_requested",),
+    SET_FIRST: ("mmu_spte_requested",), CHANGE_SET: ("mmu_set_spte", "mark_mmio_spte"), SET_CHANGE: ("mmu_set_spte",),
+    CHANGE_REQUEST: ("mmu_spte_requested",), CHANGE_ONE: ("mmu_set_spte",), TABLE_GFN: ("mmu_spte_requested",),
+    TABLE_GONE: ("mmu_prepare_zap_page",), WALK_LEVELS: ("mmu_pagetable_walk",), WALK_END: ("mmu_walker_error",),
+    INJECTED: ("mmu_walker_error",), MMIO_VALID: ("check_mmio_spte", "handle_mmio_page_fault"),
+    MMIO_DONE: ("mmio",), MMIO_EMULATED: ("emulate_insn",), EMULATED: ("emulate_insn",), USER_AFTER: ("entry", "exit"),
+    RETURN_ONCE: ("page_fault",), RETURN_LAST: ("page_fault",),
+}  # fmt: skip
 
 KINDS = (
     "ENTRY EXIT FAULT FAST RET FRET REQ CHANGE SET MARK CHECK HANDLE WALK ELEM WERR INJ ZAP PAGE USER NESTED EMUL MATCH "
@@ -150,7 +190,7 @@ def steps(piece: trace.Trace, era: Any) -> NDArray[Any]:
                     rows[target] = events[column]
         elif name.endswith("_page_fault_ret"):
             rows["kind"], rows["a"] = FRET if name.startswith("fast_") else RET, events["ret"].astype(np.uint64)
-        elif name.startswith("kvm_nested"):
+        elif name.startswith(("kvm_nested", "kvm_async_pf")):
             rows["kind"] = NESTED
         if name == "kvm_exit":
             for reason, sub in _EXITS.items():
@@ -167,10 +207,14 @@ def steps(piece: trace.Trace, era: Any) -> NDArray[Any]:
 
 
 class Order:
-    """The rules of order; :meth:`add` the steps of each piece."""
+    """The rules of order; :meth:`add` the steps of each piece. ``seen`` holds the names of the trace's events."""
 
-    def __init__(self, ledger: Ledger, form: SpteLayout | None, *, ept: bool) -> None:
+    def __init__(self, ledger: Ledger, form: SpteLayout | None, *, ept: bool, seen: Collection[str]) -> None:
         self.ledger, self.form, self.ept = ledger, form, ept
+        for rule, events in NEEDED.items():
+            missing = [name for name in events if not {name, f"kvm_{name}"} & set(seen)]
+            if missing:
+                ledger.excused[rule] = f"the trace has no {' or '.join(missing)}"
         self.numbers = RETURN_NUMBERS["6.12" if form and form.name.startswith("6.12") else "6.1"]
         self._kept = np.zeros(0, dtype=STEP)
 
@@ -257,6 +301,8 @@ class Order:
         other = (fault < last) | (v.rows["a"] != v.at("a", fault)) | ((v.rows["b"] ^ code) & _LOW != 0)
         v.find(FAST_FAULT, here, other, fault)
         v.find(FAST_ONCE, here & (fault > last), fast > fault, fast)
+        later = v.before(REQ, SET, CHANGE, RET, FRET, MARK)
+        v.find(FAST_FIRST, here & (fault > last), later > fault, later)
         closing = np.isin(v.kind, (ENTRY, EXIT)) & (v.at("kind", last) == EXIT) & (fault > last)
         closing &= (code & (_P | _W | _RSVD) == _P | _W) & (v.before(WALK, EMUL, NESTED) < fault)
         ret = v.before(RET)
@@ -265,10 +311,11 @@ class Order:
 
     def _returns(self, v: _Visit) -> None:
         last, fault, ret, fast = v.before(ENTRY, EXIT), v.before(FAULT), v.before(RET), v.before(FAST)
-        here = (v.kind == RET) & (last >= 0)
+        here = (v.kind == RET) & (last >= 0) & (v.before(NESTED) < last)
         v.find(RETURN_ONCE, here, (fault < last) | (ret > fault), np.where(ret > fault, ret, last))
         closing = np.isin(v.kind, (ENTRY, EXIT)) & (v.at("kind", last) == EXIT) & (fault > last)
-        closing &= self._code(v.at("b", fault)) & _RSVD == 0
+        check = v.before(CHECK)
+        closing &= (self._code(v.at("b", fault)) & _RSVD == 0) | ((check > fault) & (v.at("sub", check) == 0))
         v.find(RETURN_MISSING, closing, ret < fault, fault)
         if self.form is None:
             return
@@ -279,38 +326,65 @@ class Order:
         wrong = ((did == 2) & (said != number["FIXED"])) | ((did == 1) & (said != number["SPURIOUS"]))
         v.find(RETURN_FAST, within & (did > 0), wrong, fast)
         handler = within & (v.kind == RET)
+        known = [number[name] for name in ("RETRY", "EMULATE", "WRITE_PROTECTED", "FIXED", "SPURIOUS")]
+        v.find(RETURN_KNOWN, handler, ~np.isin(said, known), fault)
+        inner = (v.kind == FRET) & (last >= 0)
+        v.find(RETURN_INNER, inner, (fault < last) | (ret > fault), np.where(ret > fault, ret, last))
+        sets, change = v.before(SET), v.before(CHANGE)
+        mapped = (sets > fault) & (v.at("kind", v.at_index(v.previous(), sets)) == CHANGE) & (change > fault)
+        was_there = (did == 1) | ((v.before(REQ) > fault) & ~mapped)
+        v.find(RETURN_SPURIOUS, handler & (said == number["SPURIOUS"]), ~was_there, fault)
         nothing = (did != 2) & (v.before(SET, CHANGE, MARK) < fault)
         v.find(RETURN_FIXED, handler & (said == number["FIXED"]), nothing, fault)
         walked = v.before(WERR) > fault  # a #PF for the guest drops, and may at once refill, what it was refused by
         v.find(RETURN_RETRY, handler & ~walked & (said == number["RETRY"]), v.before(SET) > fault, v.before(SET))
         direct = v.before(WALK) < fault
-        unchanged = (v.before(SET) > fault) & (v.before(CHANGE) < fault)
+        unchanged = (sets > fault) & ~mapped
         at_work = np.bool_((v.kind == CHANGE).any())
-        v.find(SET_CHANGE, handler & at_work & direct & (said == number["FIXED"]), unchanged, v.before(SET))
+        v.find(SET_CHANGE, handler & at_work & direct & (said == number["FIXED"]), unchanged, sets)
+        asked = (v.kind == ENTRY) & (fault > last) & (ret > fault) & (v.at("a", ret) == number["EMULATE"])
+        asked &= v.at("b", fault) >> np.uint64(33) & np.uint64(1) == 0  # a guest's table is only unprotected
+        v.find(EMULATED, asked, v.before(EMUL, USER) < ret, ret)
 
     def _sets(self, v: _Visit) -> None:
         last, fault, request = v.before(ENTRY, EXIT), v.before(FAULT), v.before(REQ)
-        within = (fault >= 0) & (fault > last) & (v.before(USER, WERR) < fault)
+        within = (fault >= 0) & (fault > last) & (v.before(USER, WERR, NESTED) < fault)
         direct = v.before(WALK) < fault
-        here = (v.kind == REQ) & (last >= 0)
+        here = (v.kind == REQ) & (last >= 0) & (v.before(NESTED) < last)
         other = (fault < last) | (direct & (v.rows["a"] != v.at("a", fault) >> np.uint64(12)))
         v.find(REQUEST_FAULT, here, other, fault)
         v.find(REQUEST_ONCE, here & within, request > fault, request)
+        done = v.before(RET)
+        late = np.isin(v.kind, (REQ, SET, MARK)) & within & (v.before(EMUL) < fault)
+        v.find(RETURN_LAST, late, done > fault, done)
         previous = v.before(SET)
         sets = (v.kind == SET) & within
         twice = (previous > fault) & (v.at("c", previous) == v.rows["c"]) & (v.rows["c"] != _NO)
         v.find(SET_ONCE, sets, twice, previous)
+        level = np.clip(v.rows["sub"].astype(np.int64), 1, 5)
+        below = np.uint64(9) * (level - 1).astype(np.uint64)
+        same = v.rows["a"] >> below == v.at("a", request) >> below
+        first = sets & (request > fault) & (previous < request)
+        v.find(SET_FIRST, first, ~same | (v.rows["sub"] > v.at("sub", request)), request)
+        page = np.where(direct, v.rows["a"], v.at("a", fault) >> np.uint64(12))
+        index = v.rows["c"] >> np.uint64(3) & np.uint64(511)
+        wrong = (index != page >> below & np.uint64(511)) | (v.rows["c"] & np.uint64(7) != 0)
+        v.find(SET_PLACE, (first | (sets & direct)) & (v.rows["c"] != _NO), wrong, np.where(first, request, fault))
+        made = (v.kind == PAGE) & within & direct
+        span = np.uint64(9) * level.astype(np.uint64)
+        other = (request < fault) | (v.rows["a"] != v.at("a", request) >> span << span)
+        v.find(TABLE_GFN, made, other, np.where(request > fault, request, fault))
+        marks = (v.kind == MARK) & within
+        v.find(SET_FIRST, marks, (request < fault) | (v.rows["a"] != v.at("a", request)), fault)
         if self.form is None:
             return
         pfn = self.form.bits["PFN"]
         frame = (v.rows["b"] & np.uint64(pfn.mask)) >> np.uint64(pfn.low)
-        below = np.uint64(9) * np.clip(v.rows["sub"].astype(np.int64) - 1, 0, 4).astype(np.uint64)
-        same = v.rows["a"] >> below == v.at("a", request) >> below
         wrong = same & (frame >> below != v.at("b", request) >> below)
         v.find(SET_REQUEST, sets, (request < fault) | wrong, np.where(request > fault, request, fault))
         # A change that maps what was requested: the next event prints it.
         behind = v.previous()
-        change = (v.at("kind", behind) == CHANGE) & (v.task_of(behind) == v.rows["task"]) & (behind >= 0)
+        change = (v.kind != OTHER) & (v.at("kind", behind) == CHANGE) & (behind >= 0)
         asked = v.at_index(request, behind)
         since = v.at_index(fault, behind)
         state = states(v.at("b", behind), self.form, v.at("sub", behind))
@@ -318,8 +392,32 @@ class Order:
         mapped &= (v.at_index(v.before(RET), behind) < since) & (v.at_index(v.before(USER), behind) < since)
         span = np.uint64(9) * np.clip(v.at("sub", behind).astype(np.int64) - 1, 0, 4).astype(np.uint64)
         mapped &= v.at("a", asked) >> span == v.at("a", behind) >> span
-        shown = np.isin(v.kind, (SET, MARK)) & (v.rows["a"] == v.at("a", behind))
+        bits = self.form.bits
+        used = np.uint64(sum(bits.mask(name) for name in ("A", "D") if name in bits))
+        rights = np.uint64(sum(bits.mask(name) for name in ("W", "MMU_W") if name in bits))
+        gained, lost = v.rows["b"] & ~v.at("b", behind), v.at("b", behind) & ~v.rows["b"]
+        alike = (v.kind == MARK) | ((gained & ~used == 0) & (lost & ~rights == 0))
+        alike |= v.rows["b"] & ~np.uint64(1 << 63) == 0  # the spte is read again: somebody may have zapped it
+        shown = np.isin(v.kind, (SET, MARK)) & (v.rows["a"] == v.at("a", behind)) & alike
         v.find(CHANGE_SET, change & mapped, ~shown, behind)
+        accessed = np.uint64(bits.mask("A") if "A" in bits else 0)
+        if accessed:
+            kind = np.uint64(bits.mask("AD_KIND") if "AD_KIND" in bits else 0)
+            tracks = (v.rows["b"] & kind == np.uint64(1 << 52)) & (kind > 0)
+            v.find(SET_ACCESSED, first & same & ~tracks, v.rows["b"] & accessed == 0, request)
+        alone = change & (v.kind != SET) & np.isin(state, LEAVES)
+        old, new = v.at("c", behind), v.at("b", behind)
+        alone &= np.isin(states(old, self.form, v.at("sub", behind)), LEAVES)
+        took, gave = old & ~new, new & ~old
+        single = np.array([bits.mask(name) for name in ("A", "D") if name in bits], dtype=np.uint64)
+        one = (gave == 0) & ((took & ~rights == 0) | np.isin(took, single))
+        v.find(CHANGE_ONE, alone, ~one & (new != update.age(old, self.form)), behind)
+        changes = (v.kind == CHANGE) & within & (v.before(RET) < fault) & direct
+        there = np.zeros(len(v.kind), dtype=np.bool_)
+        there[changes] = np.isin(
+            states(v.rows["b"][changes], self.form, v.rows["sub"][changes]), (*LEAVES, MMIO, NON_LEAF)
+        )
+        v.find(CHANGE_REQUEST, there, request < fault, fault)
 
     def _tables(self, v: _Visit) -> None:
         if self.form is None:
@@ -335,7 +433,7 @@ class Order:
         table = np.uint64(self.form.bits.mask("PFN"))
         cut = changes & (old == NON_LEAF) & ((new != NON_LEAF) | ((v.rows["b"] ^ v.rows["c"]) & table != 0))
         behind = v.previous()
-        after_cut = (behind >= 0) & cut[np.maximum(behind, 0)]
+        after_cut = (v.kind != OTHER) & (behind >= 0) & cut[np.maximum(behind, 0)]
         zapped = (v.kind == ZAP) & (v.rows["a"] == v.at("a", behind)) & (level == v.at("sub", behind) - 1)
         v.find(TABLE_GONE, after_cut, ~zapped, behind)
         linked = changes & (new == NON_LEAF) & (old != NON_LEAF)
@@ -374,7 +472,7 @@ class Order:
         behind = v.previous()
         entry = v.at("a", behind)
         ended = (v.at("sub", behind) == 1) | (entry & np.uint64(1) == 0) | (entry & np.uint64(0x80) != 0)
-        after = (behind >= 0) & (v.at("kind", behind) == ELEM) & (v.kind != ELEM)
+        after = (behind >= 0) & (v.at("kind", behind) == ELEM) & ~np.isin(v.kind, (ELEM, OTHER))
         v.find(WALK_END, after, ~ended & (v.kind != WERR), behind)
         fault = (behind >= 0) & (v.at("kind", behind) == FAULT) & (v.kind == WALK)
         exit_ = v.before(EXIT)
@@ -383,13 +481,17 @@ class Order:
         to_unprotect = v.rows["b"] & ~np.uint64(4) == 0  # while an event is delivered: a read, by the CPL
         other = (v.rows["a"] != v.at("a", behind)) | ((v.rows["b"] != code) & ~to_unprotect)
         v.find(WALK_FAULT, fault, other, behind)
+        last_fault, leaf = v.before(FAULT), v.before(ELEM)
+        asks = (v.kind == REQ) & (leaf > last_fault) & (last_fault > v.before(EXIT)) & (v.at("sub", leaf) == 1)
+        maps = v.at("a", leaf) >> np.uint64(12) & np.uint64((1 << 40) - 1)
+        v.find(LEAF_REQUESTED, asks, maps != v.rows["a"], leaf)
         error, entered = v.before(WERR), v.before(ENTRY)
         shot = (v.kind == INJ) & (v.rows["sub"] == 2) & (entered >= 0)
         v.find(INJECTED, shot, (error < entered) | (v.at("a", error) != v.rows["a"]), error)
 
     def _mmio(self, v: _Visit) -> None:
         behind = v.previous()
-        checked = (behind >= 0) & (v.at("kind", behind) == CHECK)
+        checked = (v.kind != OTHER) & (behind >= 0) & (v.at("kind", behind) == CHECK)
         valid = v.at("sub", behind) == 1
         handled = v.kind == HANDLE
         wrong = valid != handled
@@ -400,8 +502,19 @@ class Order:
                 wrong |= handled & (said["access"] != v.rows["b"])
         of = checked | (handled & (behind >= 0))
         v.find(MMIO_VALID, of, wrong | (handled & ~checked), behind)
-        matched = (behind >= 0) & (v.at("kind", behind) == MATCH) & (v.kind == IO)
-        v.find(MMIO_SAME, matched, v.rows["a"] != v.at("a", behind), behind)
+        matched = (v.kind != OTHER) & (behind >= 0) & (v.at("kind", behind) == MATCH)
+        v.find(MMIO_DONE, matched, v.kind != IO, behind)
+        v.find(MMIO_SAME, matched & (v.kind == IO), v.rows["a"] != v.at("a", behind), behind)
+        last, emulated = v.before(ENTRY, EXIT), v.before(EMUL)
+        exit_ = (last >= 0) & (v.at("kind", last) == EXIT)
+        begun = (v.kind == MATCH) | ((v.kind == IO) & (v.rows["sub"] > 0))
+        v.find(MMIO_EMULATED, begun & exit_ & (v.before(USER) < last), emulated < last, last)
+        v.find(USER_AFTER, (v.kind == USER) & (last >= 0), ~exit_, last)
+        if self.form is None:
+            return
+        fault = v.before(FAULT)
+        named = (v.kind == CHECK) & (fault > last) & exit_ & np.isin(v.at("sub", last), (NPF, EPT))
+        v.find(MMIO_FAULT, named, spte.mmio(v.rows["a"], self.form)["gfn"] != v.at("a", fault) >> np.uint64(12), fault)
 
 
 class _Visit:
@@ -428,8 +541,8 @@ class _Visit:
         return self._cache[kinds]
 
     def previous(self) -> Index:
-        """The step before each, of the same task; -1: none."""
-        return np.where(self._here > self._start, self._here - 1, np.int64(-1))
+        """The step before each, of the same task and of a kind that is known here; -1: none."""
+        return self.before(*range(OTHER))
 
     def at(self, name: str, index: Index) -> NDArray[Any]:
         """A column at other steps; what stands at -1 has no meaning."""
@@ -438,10 +551,6 @@ class _Visit:
     def at_index(self, column: Index, index: Index) -> Index:
         """The same for an array of indices."""
         return column[np.maximum(index, 0)]
-
-    def task_of(self, index: Index) -> NDArray[np.int64]:
-        """The task of other steps."""
-        return self.at("task", index)
 
     def find(self, rule: Rule, of: Bools, wrong: Bools, context: Index) -> None:
         """Enter what a rule finds among the fresh steps."""

@@ -37,7 +37,9 @@ TRANSITION = Rule("an spte changes as one of its makers changes it", "mmu.update
 NEW_PFN = Rule("the pfn of a present leaf does not change", f"{_TDP}, which stops the machine over it", "layout")
 HOST_GONE = Rule("HOST_W is not withdrawn from a present leaf", f"{_STATES}: immutable while present", "layout")
 LETTERS = Rule("the letters of kvm_mmu_set_spte are those of its spte", _TRACE, "layout")
-SET_LEAF = Rule("kvm_mmu_set_spte prints a present leaf", "Linux 6.1 mmu.c, mmu_set_spte", "layout")
+SET_LEAF = Rule("kvm_mmu_set_spte prints no table and no MMIO spte", "Linux 6.1 mmu.c, mmu_set_spte", "layout")
+TABLE = Rule("a direct table's gfn is a multiple of what it covers", "Linux 6.1 mmu.c, direct_map; tdp_mmu.c")
+INDEX = Rule("the fast path's entry lies where the address says", "Linux 6.1 mmu.c, shadow_walk_init")
 FAST_CODE = Rule("the fast path is for writes to present pages, or where A/D bits are off", f"{_FAST}: can_be_fast")
 FAST_FLAGS = Rule("a fast fault is fixed or spurious, not both", _TRACE)
 FAST_PFN = Rule("a fast fix keeps the pfn", f"{_FAST}: the cmpxchg adds rights alone", "layout")
@@ -82,6 +84,11 @@ def judge(ledger: Ledger, piece: trace.Trace, form: SpteLayout | None, *, ept: b
     if form is not None:
         _set(ledger, piece["kvm_mmu_set_spte"], form)
     _fast(ledger, piece["fast_page_fault"], form, ept=ept, old_flags=old_flags)
+    pages = piece["kvm_mmu_get_page"]
+    pages = pages[(pages["direct"] == 1) & (pages["level"] > 0) & (pages["level"] < 6)]
+    covers = np.uint64(9) * pages["level"].astype(np.uint64)
+    bad = np.flatnonzero(pages["gfn"] & ((np.uint64(1) << covers) - np.uint64(1)) != 0)
+    ledger.judge(TABLE, len(pages), bad, (pages["line"],), lambda i: f"gfn {int(pages['gfn'][i]):#x}")
     _mmio(ledger, piece["check_mmio_spte"], form)
     for event in ("kvm_dirty_ring_push", "kvm_dirty_ring_reset"):
         ring = piece[event]
@@ -148,8 +155,8 @@ def _set(ledger: Ledger, events: NDArray[Any], form: SpteLayout) -> None:
         return f"gfn {int(events['gfn'][i]):#x} level {level[i]}: {int(words[i]):#x}"
 
     ledger.judge(ALIGNED, len(events), np.flatnonzero(_misplaced(events["gfn"], level)), line, say)
-    leaf = np.isin(state, (*LEAVES, ILLEGAL, UNKNOWN))
-    ledger.judge(SET_LEAF, len(events), np.flatnonzero(~leaf), line, say)
+    other = np.isin(state, (NON_LEAF, spte.MMIO))  # nothing: zapped between the set and its event
+    ledger.judge(SET_LEAF, len(events), np.flatnonzero(other), line, say)
     bit = {
         name: words & np.uint64(form.bits.mask(name)) != 0
         for name in ("W", "R", "X", "P", "U", "NX")
@@ -159,10 +166,11 @@ def _set(ledger: Ledger, events: NDArray[Any], form: SpteLayout) -> None:
         "r": bit["P"], "w": bit["W"], "x": ~bit["NX"], "u": bit["U"]
     }  # fmt: skip
     tracked = state == spte.ACCESS_TRACKED
+    there = np.isin(state, (*LEAVES, ILLEGAL))
     wrong = np.zeros(len(events), dtype=np.bool_)
     for letter, has in letters.items():
         wrong |= (events[letter] >= 0) & (events[letter] != has) & ~(tracked & np.bool_(letter == "r"))
-    ledger.judge(LETTERS, len(events), np.flatnonzero(wrong), line, say)
+    ledger.judge(LETTERS, len(events), np.flatnonzero(wrong & there), line, say)
 
 
 def fixes(events: NDArray[Any], form: SpteLayout, level: NDArray[Any]) -> tuple[Words, NDArray[np.uint8]]:
@@ -189,6 +197,12 @@ def _fast(ledger: Ledger, events: NDArray[Any], form: SpteLayout | None, *, ept:
     def find(rule: Rule, bad: Bools, of: Bools | None = None) -> None:
         ledger.judge(rule, len(events) if of is None else int(of.sum()), np.flatnonzero(bad), (line,), say)
 
+    real = events["sptep"] >= np.uint64(1 << 63)  # not hashed
+    index, page = events["sptep"] >> np.uint64(3) & np.uint64(511), events["gva"] >> np.uint64(12)
+    fits = np.zeros(len(events), dtype=np.bool_)
+    for up in (0, 9, 18, 27, 36):
+        fits |= index == page >> np.uint64(up) & np.uint64(511)
+    find(INDEX, real & ~(fits & (events["sptep"] & np.uint64(7) == 0)), real)
     impossible = (code & _RSVD != 0) | ((code & (_P | _W) != (_P | _W)) & np.bool_(not ept))
     find(FAST_CODE, impossible)
     find(FAST_FLAGS, spurious & fixed & np.bool_(not old_flags))
