@@ -68,7 +68,7 @@ class RoundsPlayer(Player):
     Every setting is a run of the simulated guest, made here. Chapter 4; with other kinds in chapters 2, 3 and 8.
 
     Args:
-        by: what faults are sorted by, a key of :data:`KINDS`.
+        by: what faults are sorted by, a key of ``KINDS``.
         machines: keys of :data:`mmu.rounds.MACHINES`.
         intervals: accesses between two readings of the log.
         shares: shares of writes, 0 to 1.
@@ -111,8 +111,8 @@ class RoundsPlayer(Player):
                        for kind, without, _ in round if not without})  # fmt: skip
         super().__init__(
             alt=f"{len(settings)} settings of how often the dirty log is read, how much is written and whether the "
-            f"guest edits its page tables; for each, the faults of {SHOWN} rounds by {by} on {', '.join(machines)}, "
-            "and the pages that the log named.",
+            f"guest edits its page tables; for each, the faults of {SHOWN} rounds by {by} on {len(machines)} "
+            f"machines ({', '.join(machines)}), and the pages that the log named.",
             data={
                 "by": by,
                 "choices": [
