@@ -1,4 +1,4 @@
-"""The player of dirty-log rounds: how often the log is read against the faults that come of it (chapters 2, 3, 4, 8)."""
+"""The player of dirty-log rounds: how often the log is read against the faults that come of it (chapter 4)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EDITS = (0, 4)
 SHOWN = 6  # rounds
 MACHINES = ("NPT", "soft MMU")
 PATTERNS = ("hatched", "solid", "dashed", "outlined", "dotted", "thick")
-"""How the bars of one kind are drawn, in the order in which kinds are first met; green where the lock was not taken."""
+"""How the bars of one kind are drawn under the lock, in the order in which kinds are met there; green without it."""
 
 
 def _code(result: Rounds) -> list[str]:
@@ -121,7 +121,7 @@ class RoundsPlayer(Player):
                     {"name": "table entries edited a round", "values": [str(edit) for edit in edits]},
                 ],
                 "kinds": [
-                    {"name": name, "pattern": PATTERNS[place % len(PATTERNS)], "fast": place in fast,
+                    {"name": name, "pattern": PATTERNS[(slow.index(place) if place in slow else 0) % len(PATTERNS)], "fast": place in fast,
                      "slow": place in slow}
                     for place, name in enumerate(kinds)
                 ],
