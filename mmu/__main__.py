@@ -136,9 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
     two = commands.add_parser("check", help="compare recorded answers with the package's own")
     two.add_argument("files", nargs="+", metavar="FILE", help="plain or gzipped; - is standard input")
     which = two.add_mutually_exclusive_group()
-    which.add_argument(
-        "--scenario", metavar="FILE", help="of a trace; default: the JSON beside it"
-    )
+    which.add_argument("--scenario", metavar="FILE", help="of a trace; default: the JSON beside it")
     which.add_argument("--no-scenario", dest="scenario", action="store_const", const=checking.NO_SCENARIO)
     two.add_argument("--layout", choices=list(spte.LAYOUTS), metavar="NAME", help=_LAYOUT_HELP)
     two.set_defaults(run=check)

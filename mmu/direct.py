@@ -71,7 +71,7 @@ class DirectMMU:
         sptes: the 4K sptes ``# (index,)``.
         rights: what the CPU may do with each page ``# (index,)``, be it through a 4K or a 2M spte.
         mmio: the generation of each MMIO spte ``# (index,)``, -1 where there is none.
-        blocks: the 2M entries ``# (block,)``: 0, :data:`TABLE`, or a large spte.
+        blocks: the 2M entries ``# (block,)``: 0, ``TABLE``, or a large spte.
     """
 
     def __init__(self, memory: GuestMemory, kernel: Kernel) -> None:
@@ -384,7 +384,9 @@ class DirectMMU:
         fill = np.zeros(at.shape, dtype=np.bool)
         alive = ~logged & ~readonly
         for start in range(PREFETCH):
-            opens = empty[:, start] & alive & (empty[:, start - 1] == False if start else True)  # noqa: E712
+            opens = alive & empty[:, start]  # a run begins here
+            if start:
+                opens &= ~empty[:, start - 1]
             if not opens.any():
                 continue
             run = np.logical_and.accumulate(empty[:, start:], axis=1) & opens[:, None]

@@ -53,7 +53,7 @@ def codes(rule: str = pfec.LINUX_61_AD) -> Picture:
             axes.text(column + 0.5, row + 0.36, f"{code:#04x}", family=_MONO, **middle)
             axes.text(column + 0.5, row + 0.70, style["sign"], size=9, **middle)
         columns = ["|".join(n for n in "PWU" if pfec.PFEC.field(c, n)) or "none" for c in range(8)]
-        axes.set_xticks(np.arange(8) + 0.5, columns)
+        axes.set_xticks(np.arange(8, dtype=np.int64) + 0.5, columns)
         axes.set_yticks(np.arange(4) + 0.5, ["no F, no RSVD", "RSVD", "F", "F|RSVD"])
         axes.set(xlim=(0, 8), ylim=(4, 0))
         axes.xaxis.tick_top()

@@ -49,8 +49,8 @@ CHANGE = np.dtype(
         ("at", np.uint64),  # where the entry lies, physical; MISSING: not known
         ("sptep", np.uint64),  # the same, virtual or hashed
         ("old", np.uint64),  # MISSING: not printed
-        ("new", np.uint64),  # MISSING: not printed; then generation << 3 | access of an MMIO spte is in `mark`
-        ("mark", np.uint64),
+        ("new", np.uint64),  # MISSING: not printed
+        ("code", np.uint64),  # of MARK: generation << 3 | access; of FAST: the error code
     ]
 )
 
@@ -179,14 +179,14 @@ def _read(events: NDArray[Any], position: int) -> NDArray[Any]:
         rows["old"], rows["new"] = events["old_spte"], events["new_spte"]
     elif position == FAST:
         rows["vcpu"], rows["gfn"], rows["sptep"] = events["vcpu"], events["gva"] >> np.uint64(12), events["sptep"]
-        rows["old"], rows["new"] = events["old"], events["new"]
+        rows["old"], rows["new"], rows["code"] = events["old"], events["new"], events["error_code"]
         rows["fixed"] = (events["spurious"] == 1) | (events["fixed"] == 1).astype(np.int8) << np.int8(1)
     elif position == SET:
         rows["gfn"], rows["level"], rows["at"] = events["gfn"], events["level"], events["sptep"]
         rows["new"] = events["spte"]
     else:
         rows["gfn"], rows["level"], rows["sptep"] = events["gfn"], 1, events["sptep"]
-        rows["mark"] = np.where(events["gen"] == _NONE, np.uint64(0), events["gen"]) << np.uint64(3) | events[
+        rows["code"] = np.where(events["gen"] == _NONE, np.uint64(0), events["gen"]) << np.uint64(3) | events[
             "access"
         ] & np.uint64(7)
     return rows
@@ -320,7 +320,7 @@ def _change(row: Any, last: str | None, layout: str | None, level: int) -> dict[
     old, new = (None if row[name] == _NONE else int(row[name]) for name in ("old", "new"))
     known = None if last is None else int(last, 16)
     if row["event"] == MARK and layout is not None:
-        mark = int(row["mark"])
+        mark = int(row["code"])
         new = update.make_mmio(int(row["gfn"]), access=mark & 6, generation=mark >> 3, layout=layout)
     before = known if old is None else old
     difference = None if before is None or new is None else _difference(before, new, layout)

@@ -25,22 +25,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmu import histories, pfec, spte, trace
+from mmu.infer import infer_layout, infer_mmu, signs_of
 
 LAYOUTS = tuple(spte.LAYOUTS)
 
 HOTTEST = 10
 DONE, UNUSABLE, STOPPED = 0, 2, 3
-
-_EXITS = {  # kvm_exit reasons as the kernel and trace-cmd name them, and whose paging they show
-    b"npf": "npt",
-    b"EXIT_NPF": "npt",
-    b"EPT_VIOLATION": "ept",
-    b"EPT_MISCONFIG": "ept",
-}
-
-
-def _bits(*positions: int) -> np.uint64:
-    return np.uint64(sum(1 << position for position in positions))
 
 
 @dataclass
@@ -74,7 +64,7 @@ class Tally:
         self.vcpus.update(_count(faults["vcpu"], faults["count"]))
         self.pages.update(_count(faults["address"] >> np.uint64(12), faults["count"]))
         self._add_fast(piece["fast_page_fault"])
-        self.signs.update(_signs(piece))
+        self.signs.update(signs_of(piece))
         self.sptes.add(piece)
         for event in piece:
             stamps = piece[event]["ns"]
@@ -98,117 +88,6 @@ def _count(values: NDArray[Any], multiplicities: NDArray[np.int64]) -> dict[int,
     total = np.zeros(len(distinct), dtype=np.int64)
     np.add.at(total, which, multiplicities)
     return dict(zip(distinct.tolist(), total.tolist(), strict=True))
-
-
-def _signs(piece: trace.Trace) -> dict[str, int]:
-    """What the piece shows of the layout of its sptes, counted; :func:`infer_layout` judges.
-
-    Bits as in facts 3.6 and 3.7: HOST and MMU-writable are 10 and 11 up to 5.12; from 5.13 on 9 and 10, under EPT 57
-    and 58, and every present spte has bit 11. From 6.10 on a not-present spte has bit 63 (and a frozen one too).
-    """
-    changed, fast = piece["kvm_tdp_mmu_spte_changed"], piece["fast_page_fault"]
-    moved = np.concatenate([changed["old_spte"], changed["new_spte"]])
-    sptes = np.concatenate([moved, piece["kvm_mmu_set_spte"]["spte"], fast["old"], fast["new"]])
-    codes = piece["kvm_page_fault"]["error_code"]
-    signs = Counter({f"exit {kind}": 0 for kind in ("npt", "ept")})
-    exits = piece["kvm_exit"]
-    for reason, kind in _EXITS.items():
-        signs[f"exit {kind}"] += int(np.count_nonzero(exits["reason"] == reason))
-    nested = codes >> np.uint64(32) != 0
-    qualified = ~nested & (codes & _bits(7) != 0)  # GLA valid; no page-fault error code of these CPUs has bit 7
-    signs["code npt"], signs["code ept"] = int(nested.sum()), int(qualified.sum())
-    signs["code pfec"] = len(codes) - signs["code npt"] - signs["code ept"]
-
-    special = sptes & _bits(52, 53) == _bits(52, 53)  # MMIO up to 5.12
-    for kind, present, mmio in (
-        ("ept", sptes & _bits(0, 1, 2) != 0, sptes & _bits(0, 1, 2) == _bits(1, 2)),
-        ("npt", sptes & _bits(0) != 0, sptes & _bits(0, 51) == _bits(0, 51)),
-    ):
-        ours = sptes[present & ~mmio & ~special]
-        writable = ours & _bits(1) != 0
-        signs[f"{kind} present"] = len(ours)
-        signs[f"{kind} without 11"] = int(np.count_nonzero(ours & _bits(11) == 0))
-        signs[f"{kind} 11 without 10"] = int(np.count_nonzero(ours & _bits(10, 11) == _bits(11)))
-        signs[f"{kind} writable 9, 10, 11"] = int(
-            np.count_nonzero(writable & (ours & _bits(9, 10, 11) == _bits(9, 10, 11)))
-        )
-        signs[f"{kind} writable 10, 11"] = int(
-            np.count_nonzero(writable & (ours & _bits(10, 11) == _bits(10, 11)) & (ours & _bits(57, 58) == 0))
-        )
-        signs[f"{kind} 57, 58"] = int(np.count_nonzero(writable & (ours & _bits(57, 58) == _bits(57, 58))))
-        signs[f"{kind} 63"] = int(np.count_nonzero(ours & _bits(63)))
-    absent = moved & ~_bits(63)
-    absent = moved[(absent == 0) | (absent == np.uint64(0x5A0))]
-    signs["absent with 63"] = int(np.count_nonzero(absent & _bits(63)))
-    signs["absent without 63"] = len(absent) - signs["absent with 63"]
-    signs["wide pferr"] = int(np.count_nonzero(fast["error_code"] >> np.uint64(32)))
-    for event in piece:
-        if event.endswith("_page_fault_ret") and event != "fast_page_fault_ret":
-            for value in (4, 5):
-                signs[f"returned {value}"] += int(np.count_nonzero(piece[event]["ret"] == value))
-    signs["walk"] = len(piece["kvm_mmu_pagetable_walk"])
-    return signs
-
-
-def infer_mmu(signs: Counter[str]) -> str | None:
-    """``"npt"``, ``"ept"`` or ``"shadow"``: how the host translates; None where the trace does not tell."""
-    kinds = {kind for kind in ("npt", "ept") if signs[f"exit {kind}"]}
-    kinds = kinds or {kind for kind in ("npt", "ept") if signs[f"code {kind}"]}
-    if len(kinds) == 1:
-        return kinds.pop()
-    if not kinds and signs["code pfec"]:
-        return "shadow"
-    if not kinds and signs["ept 57, 58"]:
-        return "ept"
-    return None
-
-
-def infer_layout(signs: Counter[str]) -> tuple[str | None, str]:
-    """The layout of a trace's sptes, None where it cannot be told, and why in one sentence."""
-    mmu = infer_mmu(signs)
-    if mmu is None:
-        return None, "neither exits nor error codes tell one kind of paging: none is shown, or several are mixed"
-    view = "ept" if mmu == "ept" else "npt"
-    shown = {"npt": "nested paging (npf exits)", "ept": "EPT violations", "shadow": "shadow paging (no nested faults)"}[
-        mmu
-    ]
-    if not signs[f"{view} present"]:
-        return None, f"{shown}, but no present spte is printed, so the kernel's layout cannot be told"
-    if view == "npt" and signs["npt 57, 58"]:
-        return None, f"{shown}, but sptes carry EPT's bits 57 and 58: lines of several machines are mixed"
-    new = signs[f"{view} 57, 58"] if view == "ept" else signs["npt writable 9, 10, 11"]
-    new = new or signs[f"{view} 11 without 10"]
-    old = signs[f"{view} without 11"] or (0 if new else signs[f"{view} writable 10, 11"])
-    if new and old:
-        return None, f"{shown}, but some present sptes carry bit 11 as from 5.13 on and some do not: kernels are mixed"
-    if old:
-        name = "5.10-ept" if view == "ept" else "5.10-shadow"
-        return name, f"{shown}; bit 11 is not in every present spte: up to 5.12 (3.6 has the same bits here)"
-    if not new:
-        return None, f"{shown}; the few sptes fit 5.10 as well as 6.1"
-    home = "57 and 58" if view == "ept" else "9 and 10"
-    why = f"{shown}; bit 11 in every present spte, host and MMU-writable in {home}: 5.13 or newer"
-    newer = [
-        what
-        for sign, what in (
-            ("absent with 63", "not-present sptes have bit 63"),
-            ("wide pferr", "error codes of fast_page_fault have more than 32 bits"),
-            ("ept 63", "present sptes have bit 63"),
-        )
-        if signs[sign] and (view == "ept" or sign != "ept 63")
-    ]
-    older = ["not-present sptes are 0, removed ones 0x5a0"] if signs["absent without 63"] else []
-    if signs["returned 4"]:  # RET_PF_FIXED is 4 in 6.1 and 5 in 6.12, where 4 never leaves the handler
-        older.append("fault handlers return 4 for a fixed fault")
-    elif signs["returned 5"]:
-        newer.append("fault handlers return 5 and never 4")
-    if newer and older:
-        return None, f"{why}; {newer[0]}, as from 6.10 on, but {older[0]}, as before: kernels are mixed"
-    if newer:
-        return f"6.12-{view}", f"{why}; {newer[0]}: 6.10 or newer"
-    if older:
-        return f"6.1-{view}", f"{why}; {older[0]}: older than 6.10"
-    return f"6.1-{view}", f"{why}; nothing tells 6.1 from 6.12, whose present sptes are alike"
 
 
 def report(source: trace.Source, layout: str | None = None) -> dict[str, Any]:

@@ -195,7 +195,13 @@ class Guest:
     # Running ---------------------------------------------------------------------------------------------------------
 
     def run(self, vcpu: int, accesses: Stream, device: list[int] | None = None) -> Result:
-        """Let a vCPU make accesses; ``device`` holds what reads of MMIO addresses get, in order."""
+        """Let a vCPU make accesses; ``device`` holds what reads of MMIO addresses get, in order.
+
+        Raises:
+            ValueError: there is no such vCPU.
+        """
+        if vcpu not in self.vcpus:
+            raise ValueError(f"vCPU {vcpu} does not exist; expected one of {sorted(self.vcpus)}")
         cpu = self.vcpus[vcpu]
         count = accesses.gva.size
         result = Result(

@@ -406,6 +406,8 @@ def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="a backing has 0 pages"):
         Backing(0)
     machine = guest()
+    with pytest.raises(ValueError, match=r"vCPU 3 does not exist; expected one of \[0\]"):
+        machine.run(3, stream([READ], [0]))
     with pytest.raises(ValueError, match=r"slot 2 at gfn 0x1020 overlaps slot 1"):
         machine.add_slot(2, 0x1020, 4)
     with pytest.raises(ValueError, match="slot 3 has 9 pages; its backing has 8"):

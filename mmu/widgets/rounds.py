@@ -69,7 +69,7 @@ class RoundsPlayer(Player):
 
     Args:
         by: what faults are sorted by, a key of ``KINDS``.
-        machines: keys of :data:`mmu.rounds.MACHINES`.
+        machines: keys of ``mmu.rounds.MACHINES``.
         intervals: accesses between two readings of the log.
         shares: shares of writes, 0 to 1.
         edits: page-table entries that the guest edits in a round.
@@ -121,8 +121,12 @@ class RoundsPlayer(Player):
                     {"name": "table entries edited a round", "values": [str(edit) for edit in edits]},
                 ],
                 "kinds": [
-                    {"name": name, "pattern": PATTERNS[(slow.index(place) if place in slow else 0) % len(PATTERNS)], "fast": place in fast,
-                     "slow": place in slow}
+                    {
+                        "name": name,
+                        "pattern": PATTERNS[(slow.index(place) if place in slow else 0) % len(PATTERNS)],
+                        "fast": place in fast,
+                        "slow": place in slow,
+                    }
                     for place, name in enumerate(kinds)
                 ],
                 "machines": list(machines),

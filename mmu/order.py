@@ -1,0 +1,461 @@
+"""Rules on each task's events: what must stand before, behind and between them.
+
+The one idea: a vCPU's thread runs through the same code for each exit, so its events follow one another in few ways:
+exit, fault, fast path, request, change, set, return, entry. Each rule looks, for all events at once, at the last event
+of some kind that the same task had before. Chapter 13.
+
+Events that were not recorded at all, or were filtered out, break these rules often; the ledger then reports the rule
+as not applied (:mod:`mmu.ledger`).
+
+Facts: Linux 6.1 ``x86.c``, ``svm/svm.c``, ``vmx/vmx.c``, ``mmu/mmu.c``, ``mmu/tdp_mmu.c``, ``mmu/paging_tmpl.h``
+(facts 2.6 and 4).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmu import pfec, spte, trace
+from mmu.kernel import RETURN_NUMBERS
+from mmu.ledger import Ledger, Rule
+from mmu.scan import MISSING
+from mmu.spte import FROZEN, LEAVES, MMIO, NON_LEAF, NONE, REMOVED, SpteLayout
+from mmu.values import states
+
+Index = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+_RUN, _MMU, _TDP, _WALKER = (f"Linux 6.1 {name}" for name in ("x86.c", "mmu.c", "tdp_mmu.c", "paging_tmpl.h"))
+
+ENTER = Rule("a vCPU leaves the guest before it enters it again", f"{_RUN}, vcpu_enter_guest", "order")
+LEAVE = Rule("a vCPU enters the guest before it leaves it again", f"{_RUN}, vcpu_enter_guest", "order")
+SAME_VCPU = Rule("a task's events from entry to entry are one vCPU's", f"{_RUN}, vcpu_run", "order")
+FAULT_EXIT = Rule(
+    "a fault is the one that the exit before it says", "Linux 6.1 npf_interception, handle_ept_violation", "order"
+)
+FAULT_ONCE = Rule("an exit has one fault", "Linux 6.1 npf_interception, handle_ept_violation", "order")
+FAULT_MISSING = Rule("an exit for a fault has its fault", "Linux 6.1 npf_interception, handle_ept_violation", "order")
+AGAIN = Rule("after a repaired fault the guest runs the same instruction", f"{_MMU}, kvm_mmu_page_fault", "order")
+FAST_FAULT = Rule("the fast path is about the fault before it", f"{_MMU}, fast_page_fault", "order")
+FAST_ONCE = Rule("a fault goes through the fast path once", f"{_MMU}, direct_page_fault", "order")
+FAST_MISSING = Rule("a write to a present page goes through the fast path", f"{_MMU}, page_fault_can_be_fast", "order")
+RETURN_ONCE = Rule("a fault returns once", f"{_MMU}, kvm_mmu_do_page_fault", "order")
+RETURN_MISSING = Rule("a fault returns", f"{_MMU}, kvm_mmu_do_page_fault", "order")
+RETURN_FAST = Rule("what the fast path did is what the fault returns", f"{_MMU}, direct_page_fault", "order, layout")
+RETURN_FIXED = Rule("a fault that returns FIXED has changed an spte", f"{_MMU}, direct_page_fault", "order, layout")
+RETURN_RETRY = Rule("a fault that returns RETRY has set none", f"{_MMU}, direct_page_fault", "order, layout")
+REQUEST_FAULT = Rule("what is requested is what faulted", f"{_MMU}, direct_map; tdp_mmu.c, kvm_tdp_mmu_map", "order")
+REQUEST_ONCE = Rule("a fault requests one spte", f"{_MMU}, direct_map; tdp_mmu.c, kvm_tdp_mmu_map", "order")
+SET_REQUEST = Rule("an spte is set on a request, to the pfn requested", f"{_MMU}, mmu_set_spte", "order, layout")
+SET_ONCE = Rule("a fault sets an spte once", f"{_MMU}, mmu_set_spte", "order")
+CHANGE_SET = Rule("what the TDP MMU maps it prints as set", f"{_TDP}, tdp_mmu_map_handle_target_level", "order, layout")
+SET_CHANGE = Rule("what the TDP MMU fixed it has changed", f"{_TDP}, tdp_mmu_map_handle_target_level", "order, layout")
+TABLE_GONE = Rule("a table that is cut off is zapped next", f"{_TDP}, handle_removed_pt", "order, layout")
+TABLE_NEW = Rule("a table that is linked was made just before", f"{_TDP}, tdp_mmu_init_child_sp", "order, layout")
+TABLE_ALL = Rule(
+    "a table's entries are removed one after the other, all 512", f"{_TDP}, handle_removed_pt", "order, layout"
+)
+WALK_LEVELS = Rule("a walk goes down level by level", f"{_WALKER}, walk_addr_generic", "order")
+WALK_END = Rule("a walk ends at a leaf or in an error", f"{_WALKER}, walk_addr_generic", "order")
+WALK_FAULT = Rule("the guest's tables are walked for the access that faulted", f"{_WALKER}, page_fault", "order")
+INJECTED = Rule(
+    "the #PF that is injected is the one that a walk found", f"{_RUN}, kvm_inject_emulated_page_fault", "order"
+)
+MMIO_VALID = Rule("an MMIO spte is used after it was found valid", f"{_MMU}, handle_mmio_page_fault", "order")
+MMIO_SAME = Rule("MMIO is done at the address that was matched", f"{_RUN}, emulator_read_write_onepage", "order")
+
+LAYOUT_RULES = tuple(rule for rule in list(globals().values()) if isinstance(rule, Rule) and "layout" in rule.needs)
+
+KINDS = (
+    "ENTRY EXIT FAULT FAST RET FRET REQ CHANGE SET MARK CHECK HANDLE WALK ELEM WERR INJ ZAP PAGE USER NESTED EMUL MATCH "
+    "IO OTHER"
+).split()
+(
+    ENTRY, EXIT, FAULT, FAST, RET, FRET, REQ, CHANGE, SET, MARK, CHECK, HANDLE, WALK, ELEM, WERR, INJ, ZAP, PAGE, USER,
+    NESTED, EMUL, MATCH, IO, OTHER,
+) = range(len(KINDS))  # fmt: skip
+
+_COLUMNS = {  # event: kind, vcpu, a, b, c, sub
+    "kvm_entry": (ENTRY, "vcpu", "rip", None, None, None),
+    "kvm_exit": (EXIT, "vcpu", "info1", "info2", "rip", None),
+    "kvm_page_fault": (FAULT, "vcpu", "address", "error_code", "rip", None),
+    "fast_page_fault": (FAST, "vcpu", "gva", "error_code", None, "fixed"),
+    "kvm_mmu_spte_requested": (REQ, None, "gfn", "pfn", None, "level"),
+    "kvm_tdp_mmu_spte_changed": (CHANGE, None, "gfn", "new_spte", "old_spte", "level"),
+    "kvm_mmu_set_spte": (SET, None, "gfn", "spte", "sptep", "level"),
+    "mark_mmio_spte": (MARK, None, "gfn", "gen", None, None),
+    "check_mmio_spte": (CHECK, None, "spte", "spte_gen", None, "valid"),
+    "handle_mmio_page_fault": (HANDLE, None, "gfn", "access", None, None),
+    "kvm_mmu_pagetable_walk": (WALK, None, "addr", "pferr", None, None),
+    "kvm_mmu_paging_element": (ELEM, None, "pte", None, None, "level"),
+    "kvm_mmu_walker_error": (WERR, None, "pferr", None, None, None),
+    "kvm_inj_exception": (INJ, None, "error_code", None, None, "reinjected"),
+    "kvm_mmu_prepare_zap_page": (ZAP, None, "gfn", None, None, "level"),
+    "kvm_mmu_get_page": (PAGE, None, "gfn", None, None, "level"),
+    "kvm_userspace_exit": (USER, None, None, None, None, None),
+    "kvm_emulate_insn": (EMUL, None, "rip", None, None, None),
+    "vcpu_match_mmio": (MATCH, None, "gpa", None, None, None),
+    "kvm_mmio": (IO, None, "gpa", None, None, "kind"),
+}
+
+STEP = np.dtype(
+    [
+        ("task", np.int64),  # pid, and above it the era: a task of one era knows nothing of the one before
+        ("line", np.int64),
+        ("kind", np.int8),
+        ("sub", np.int16),
+        ("vcpu", np.int32),
+        ("fresh", np.bool_),
+        ("a", np.uint64),
+        ("b", np.uint64),
+        ("c", np.uint64),
+    ]
+)
+"""One event of a task; what a, b, c and sub hold depends on the kind."""
+
+_NO = np.uint64(MISSING)
+_REMEMBERED = 4096  # a task's events that are remembered from piece to piece
+_TASKS = 1 << 12
+NPF, EPT, EXCEPTION, NMI = 1, 2, 3, 4  # sub of an EXIT
+_EXITS = {b"npf": NPF, b"EXIT_NPF": NPF, b"EPT_VIOLATION": EPT, b"PF excp": EXCEPTION, b"EXCEPTION_NMI": NMI}
+_P, _W, _RSVD, _LOW = (np.uint64(bits) for bits in (1, 2, 8, 31))
+
+
+def steps(piece: trace.Trace, era: Any) -> NDArray[Any]:
+    """Every event of the piece that names a task, in the order of the file.
+
+    Args:
+        piece: the events.
+        era: a function from lines to eras.
+    """
+    parts = [np.zeros(0, dtype=STEP)]
+    for name in piece:
+        events = piece[name]
+        rows = np.zeros(len(events), dtype=STEP)
+        rows["task"], rows["line"], rows["kind"], rows["vcpu"], rows["fresh"] = (
+            events["pid"],
+            events["line"],
+            OTHER,
+            -1,
+            True,
+        )
+        if name in _COLUMNS:
+            kind, *columns = _COLUMNS[name]
+            rows["kind"] = kind
+            for target, column in zip(("vcpu", "a", "b", "c", "sub"), columns, strict=True):
+                if column is not None:
+                    rows[target] = events[column]
+        elif name.endswith("_page_fault_ret"):
+            rows["kind"], rows["a"] = FRET if name.startswith("fast_") else RET, events["ret"].astype(np.uint64)
+        elif name.startswith("kvm_nested"):
+            rows["kind"] = NESTED
+        if name == "kvm_exit":
+            for reason, sub in _EXITS.items():
+                rows["sub"][events["reason"] == reason] = sub
+        elif name == "fast_page_fault":
+            rows["sub"] = (events["spurious"] == 1) | (events["fixed"] == 1).astype(np.int16) << np.int16(1)
+        elif name == "kvm_inj_exception":
+            rows["sub"] |= (events["exception"] == b"#PF").astype(np.int16) << np.int16(1)
+        parts.append(rows[events["pid"] > 0])
+    rows = np.concatenate(parts)
+    rows = rows[np.argsort(rows["line"], kind="stable")]
+    rows["task"] |= era(rows["line"]) << 32
+    return rows
+
+
+class Order:
+    """The rules of order; :meth:`add` the steps of each piece."""
+
+    def __init__(self, ledger: Ledger, form: SpteLayout | None, *, ept: bool) -> None:
+        self.ledger, self.form, self.ept = ledger, form, ept
+        self.numbers = RETURN_NUMBERS["6.12" if form and form.name.startswith("6.12") else "6.1"]
+        self._kept = np.zeros(0, dtype=STEP)
+
+    def add(self, rows: NDArray[Any]) -> None:
+        """Judge one piece's steps, in the light of those of each task that are remembered."""
+        if not len(rows):
+            return
+        rows = np.concatenate([self._kept, rows])
+        rows = rows[np.lexsort((rows["line"], rows["task"]))]
+        self._judge(_Visit(rows, self.ledger))
+        self._keep(rows)
+
+    def _keep(self, rows: NDArray[Any]) -> None:
+        n = len(rows)
+        here = np.arange(n, dtype=np.int64)
+        end = np.searchsorted(rows["task"], rows["task"], side="right")  # (step,) behind the task's last
+        exits = np.where(rows["kind"] == EXIT, here, -1)
+        tasks, first = np.unique(rows["task"], return_index=True)
+        newest = np.maximum.reduceat(exits, first)  # (task,)
+        last = newest[np.searchsorted(tasks, rows["task"])]
+        start = np.where(last >= 0, last, end - 64)
+        keep = here >= np.maximum(start, end - _REMEMBERED)
+        kept = rows[keep]
+        kept["fresh"] = False
+        recent = np.maximum.reduceat(rows["line"], first)
+        if len(tasks) > _TASKS:
+            alive = np.sort(tasks[np.argsort(recent, kind="stable")[-_TASKS:]])
+            kept = kept[np.isin(kept["task"], alive)]
+        self._kept = kept
+
+    # The rules -------------------------------------------------------------------------------------------------------
+
+    def _judge(self, v: _Visit) -> None:
+        self._entries(v)
+        self._faults(v)
+        self._fast(v)
+        self._returns(v)
+        self._sets(v)
+        self._tables(v)
+        self._walks(v)
+        self._mmio(v)
+
+    def _entries(self, v: _Visit) -> None:
+        last = v.before(ENTRY, EXIT)
+        known = last >= 0
+        entry, exit_ = v.kind == ENTRY, v.kind == EXIT
+        v.find(ENTER, entry & known, v.at("kind", last) == ENTRY, last)
+        v.find(LEAVE, exit_ & known, v.at("kind", last) == EXIT, last)
+        user = v.before(USER)
+        moved = entry & (v.at("kind", last) == EXIT) & (user > last)  # the thread may run another vCPU now
+        of = known & (entry | exit_ | (v.kind == FAULT) | (v.kind == FAST)) & ~moved
+        of &= (v.rows["vcpu"] >= 0) & (v.at("vcpu", last) >= 0)
+        v.find(SAME_VCPU, of, v.rows["vcpu"] != v.at("vcpu", last), last)
+
+    def _faults(self, v: _Visit) -> None:
+        last, fault = v.before(ENTRY, EXIT), v.before(FAULT)
+        here = (v.kind == FAULT) & (last >= 0)
+        exit_ = v.at("kind", last) == EXIT
+        sub = v.at("sub", last)
+        address, code, rip = v.rows["a"], v.rows["b"], v.rows["c"]
+        info1, info2, exit_rip = (v.at(name, last) for name in ("a", "b", "c"))
+        narrow = code < np.uint64(1 << 32)  # older kernels print the lower half
+        other = (code != info1) & ~(narrow & (code == info1 & np.uint64(0xFFFFFFFF)))
+        other |= np.isin(sub, (NPF, EXCEPTION)) & (address != info2)
+        other |= (rip != exit_rip) & (rip != _NO) & (exit_rip != _NO)
+        wrong = ~exit_ | (sub == 0) | ((info1 != _NO) & (sub != NMI) & other)
+        v.find(FAULT_EXIT, here, wrong, last)
+        v.find(FAULT_ONCE, here & exit_, fault > last, fault)
+        closing = np.isin(v.kind, (ENTRY, EXIT)) & exit_ & np.isin(sub, (NPF, EPT, EXCEPTION))
+        v.find(FAULT_MISSING, closing & (v.before(NESTED) < last), fault < last, last)
+        quiet = (v.before(EMUL, USER, NESTED, INJ, WERR) < fault) & (fault > last) & exit_ & (v.kind == ENTRY)
+        fast, ret = v.before(FAST), v.before(RET)
+        done = (fast > fault) & (v.at("sub", fast) > 0)
+        done |= (ret > fault) & np.isin(v.at("a", ret), [self.numbers[name] for name in ("RETRY", "FIXED", "SPURIOUS")])
+        v.find(AGAIN, quiet & done, (v.rows["a"] != exit_rip) & (exit_rip != _NO), last)
+
+    def _code(self, code: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        return pfec.from_ept(code) if self.ept else code
+
+    def _fast(self, v: _Visit) -> None:
+        last, fault, fast = v.before(ENTRY, EXIT), v.before(FAULT), v.before(FAST)
+        here = (v.kind == FAST) & (last >= 0)
+        code = self._code(v.at("b", fault))
+        other = (fault < last) | (v.rows["a"] != v.at("a", fault)) | ((v.rows["b"] ^ code) & _LOW != 0)
+        v.find(FAST_FAULT, here, other, fault)
+        v.find(FAST_ONCE, here & (fault > last), fast > fault, fast)
+        closing = np.isin(v.kind, (ENTRY, EXIT)) & (v.at("kind", last) == EXIT) & (fault > last)
+        closing &= (code & (_P | _W | _RSVD) == _P | _W) & (v.before(WALK, EMUL, NESTED) < fault)
+        ret = v.before(RET)
+        emulated = (ret > fault) & (v.at("a", ret) == np.uint64(self.numbers["EMULATE"]))
+        v.find(FAST_MISSING, closing & ~emulated, fast < fault, fault)
+
+    def _returns(self, v: _Visit) -> None:
+        last, fault, ret, fast = v.before(ENTRY, EXIT), v.before(FAULT), v.before(RET), v.before(FAST)
+        here = (v.kind == RET) & (last >= 0)
+        v.find(RETURN_ONCE, here, (fault < last) | (ret > fault), np.where(ret > fault, ret, last))
+        closing = np.isin(v.kind, (ENTRY, EXIT)) & (v.at("kind", last) == EXIT) & (fault > last)
+        closing &= self._code(v.at("b", fault)) & _RSVD == 0
+        v.find(RETURN_MISSING, closing, ret < fault, fault)
+        if self.form is None:
+            return
+        said = v.rows["a"]
+        number = {name: np.uint64(n) for name, n in self.numbers.items()}
+        within = ((v.kind == RET) | (v.kind == FRET)) & (fault >= 0) & (fault > last)
+        did = np.where(fast > fault, v.at("sub", fast), np.int16(0))
+        wrong = ((did == 2) & (said != number["FIXED"])) | ((did == 1) & (said != number["SPURIOUS"]))
+        v.find(RETURN_FAST, within & (did > 0), wrong, fast)
+        handler = within & (v.kind == RET)
+        nothing = (did != 2) & (v.before(SET, CHANGE, MARK) < fault)
+        v.find(RETURN_FIXED, handler & (said == number["FIXED"]), nothing, fault)
+        walked = v.before(WERR) > fault  # a #PF for the guest drops, and may at once refill, what it was refused by
+        v.find(RETURN_RETRY, handler & ~walked & (said == number["RETRY"]), v.before(SET) > fault, v.before(SET))
+        direct = v.before(WALK) < fault
+        unchanged = (v.before(SET) > fault) & (v.before(CHANGE) < fault)
+        at_work = np.bool_((v.kind == CHANGE).any())
+        v.find(SET_CHANGE, handler & at_work & direct & (said == number["FIXED"]), unchanged, v.before(SET))
+
+    def _sets(self, v: _Visit) -> None:
+        last, fault, request = v.before(ENTRY, EXIT), v.before(FAULT), v.before(REQ)
+        within = (fault >= 0) & (fault > last) & (v.before(USER, WERR) < fault)
+        direct = v.before(WALK) < fault
+        here = (v.kind == REQ) & (last >= 0)
+        other = (fault < last) | (direct & (v.rows["a"] != v.at("a", fault) >> np.uint64(12)))
+        v.find(REQUEST_FAULT, here, other, fault)
+        v.find(REQUEST_ONCE, here & within, request > fault, request)
+        previous = v.before(SET)
+        sets = (v.kind == SET) & within
+        twice = (previous > fault) & (v.at("c", previous) == v.rows["c"]) & (v.rows["c"] != _NO)
+        v.find(SET_ONCE, sets, twice, previous)
+        if self.form is None:
+            return
+        pfn = self.form.bits["PFN"]
+        frame = (v.rows["b"] & np.uint64(pfn.mask)) >> np.uint64(pfn.low)
+        below = np.uint64(9) * np.clip(v.rows["sub"].astype(np.int64) - 1, 0, 4).astype(np.uint64)
+        same = v.rows["a"] >> below == v.at("a", request) >> below
+        wrong = same & (frame >> below != v.at("b", request) >> below)
+        v.find(SET_REQUEST, sets, (request < fault) | wrong, np.where(request > fault, request, fault))
+        # A change that maps what was requested: the next event prints it.
+        behind = v.previous()
+        change = (v.at("kind", behind) == CHANGE) & (v.task_of(behind) == v.rows["task"]) & (behind >= 0)
+        asked = v.at_index(request, behind)
+        since = v.at_index(fault, behind)
+        state = states(v.at("b", behind), self.form, v.at("sub", behind))
+        mapped = np.isin(state, (*LEAVES, MMIO)) & (asked > since) & (since > v.at_index(last, behind))
+        mapped &= (v.at_index(v.before(RET), behind) < since) & (v.at_index(v.before(USER), behind) < since)
+        span = np.uint64(9) * np.clip(v.at("sub", behind).astype(np.int64) - 1, 0, 4).astype(np.uint64)
+        mapped &= v.at("a", asked) >> span == v.at("a", behind) >> span
+        shown = np.isin(v.kind, (SET, MARK)) & (v.rows["a"] == v.at("a", behind))
+        v.find(CHANGE_SET, change & mapped, ~shown, behind)
+
+    def _tables(self, v: _Visit) -> None:
+        if self.form is None:
+            return
+        changes = v.kind == CHANGE
+        if not changes.any():
+            return
+        level = v.rows["sub"].astype(np.int64)
+        old = np.zeros(len(v.kind), dtype=np.uint8)
+        new = old.copy()
+        old[changes] = states(v.rows["c"][changes], self.form, level[changes])
+        new[changes] = states(v.rows["b"][changes], self.form, level[changes])
+        table = np.uint64(self.form.bits.mask("PFN"))
+        cut = changes & (old == NON_LEAF) & ((new != NON_LEAF) | ((v.rows["b"] ^ v.rows["c"]) & table != 0))
+        behind = v.previous()
+        after_cut = (behind >= 0) & cut[np.maximum(behind, 0)]
+        zapped = (v.kind == ZAP) & (v.rows["a"] == v.at("a", behind)) & (level == v.at("sub", behind) - 1)
+        v.find(TABLE_GONE, after_cut, ~zapped, behind)
+        linked = changes & (new == NON_LEAF) & (old != NON_LEAF)
+        made, used = v.before(PAGE), v.before_where(linked)
+        fits = (v.at("a", made) == v.rows["a"]) & (v.at("sub", made) == level - 1) & (used < made)
+        v.find(TABLE_NEW, linked & (made >= 0), ~fits, made)
+        # While others run, all 512 entries of a table are removed, empty ones too, in order.
+        gone = np.flatnonzero(changes & np.isin(new, (REMOVED, FROZEN)))
+        unit = np.uint64(9) * np.clip(level[gone] - 1, 0, 4).astype(np.uint64)
+        slot = v.rows["a"][gone] >> unit
+        order = np.lexsort((v.rows["line"][gone], slot >> np.uint64(9), level[gone], v.rows["task"][gone]))
+        gone, slot = gone[order], slot[order]
+        if len(gone) < 2:
+            return
+        a, b = gone[:-1], gone[1:]
+        same = (v.rows["task"][a] == v.rows["task"][b]) & (level[a] == level[b])
+        same &= slot[:-1] >> np.uint64(9) == slot[1:] >> np.uint64(9)
+        empty = old[a] == NONE
+        follows = slot[:-1] + np.uint64(1) == slot[1:]
+        begins = (slot[1:] & np.uint64(511) == 0) & (~empty | (slot[:-1] & np.uint64(511) == np.uint64(511)))
+        empty, follows = empty | (old[b] == NONE), follows | begins
+        of, wrong = np.zeros(len(v.kind), dtype=np.bool_), np.zeros(len(v.kind), dtype=np.bool_)
+        of[b], wrong[b] = same & empty, ~follows
+        context = np.full(len(v.kind), -1, dtype=np.int64)
+        context[b] = a
+        v.find(TABLE_ALL, of, wrong, context)
+
+    def _walks(self, v: _Visit) -> None:
+        last = v.before(ENTRY, EXIT, FAULT, WALK, ELEM)
+        first = v.before_where((v.kind == ELEM) & (v.at("kind", last) == WALK))
+        kind, level, above = v.at("kind", last), v.rows["sub"], v.at("sub", last)
+        top = np.where(kind == WALK, (level >= 2) & (level <= 5), level == above - 1)
+        top |= (kind == ELEM) & (level == v.at("sub", first)) & (first >= 0)
+        here = (v.kind == ELEM) & (last >= 0)
+        v.find(WALK_LEVELS, here, ~np.isin(kind, (WALK, ELEM)) | ~top, last)
+        behind = v.previous()
+        entry = v.at("a", behind)
+        ended = (v.at("sub", behind) == 1) | (entry & np.uint64(1) == 0) | (entry & np.uint64(0x80) != 0)
+        after = (behind >= 0) & (v.at("kind", behind) == ELEM) & (v.kind != ELEM)
+        v.find(WALK_END, after, ~ended & (v.kind != WERR), behind)
+        fault = (behind >= 0) & (v.at("kind", behind) == FAULT) & (v.kind == WALK)
+        exit_ = v.before(EXIT)
+        code = v.at("b", behind)
+        fault &= (v.at("sub", exit_) == EXCEPTION) & (code & _RSVD == 0)
+        to_unprotect = v.rows["b"] & ~np.uint64(4) == 0  # while an event is delivered: a read, by the CPL
+        other = (v.rows["a"] != v.at("a", behind)) | ((v.rows["b"] != code) & ~to_unprotect)
+        v.find(WALK_FAULT, fault, other, behind)
+        error, entered = v.before(WERR), v.before(ENTRY)
+        shot = (v.kind == INJ) & (v.rows["sub"] == 2) & (entered >= 0)
+        v.find(INJECTED, shot, (error < entered) | (v.at("a", error) != v.rows["a"]), error)
+
+    def _mmio(self, v: _Visit) -> None:
+        behind = v.previous()
+        checked = (behind >= 0) & (v.at("kind", behind) == CHECK)
+        valid = v.at("sub", behind) == 1
+        handled = v.kind == HANDLE
+        wrong = valid != handled
+        if self.form is not None:
+            said = spte.mmio(v.at("a", behind), self.form)
+            wrong |= handled & (said["gfn"] != v.rows["a"])
+            if not self.form.ept:
+                wrong |= handled & (said["access"] != v.rows["b"])
+        of = checked | (handled & (behind >= 0))
+        v.find(MMIO_VALID, of, wrong | (handled & ~checked), behind)
+        matched = (behind >= 0) & (v.at("kind", behind) == MATCH) & (v.kind == IO)
+        v.find(MMIO_SAME, matched, v.rows["a"] != v.at("a", behind), behind)
+
+
+class _Visit:
+    """Steps sorted by task, and for each the last one of some kind before it; judged are the fresh ones."""
+
+    def __init__(self, rows: NDArray[Any], ledger: Ledger) -> None:
+        self.rows, self.ledger, self.kind = rows, ledger, rows["kind"]
+        n = len(rows)
+        self._here = np.arange(n, dtype=np.int64)
+        begins = np.concatenate([[True], rows["task"][1:] != rows["task"][:-1]])
+        self._start = np.maximum.accumulate(np.where(begins, self._here, 0))  # (step,) its task's first step
+        self._cache: dict[tuple[int, ...], Index] = {}
+
+    def before_where(self, mask: Bools) -> Index:
+        """The last step of the same task before each step at which the mask is set; -1: none."""
+        found = np.maximum.accumulate(np.where(mask, self._here, np.int64(-1)))
+        found = np.concatenate([np.full(1, -1, dtype=np.int64), found[:-1]])
+        return np.where(found >= self._start, found, np.int64(-1))
+
+    def before(self, *kinds: int) -> Index:
+        """The last step of one of these kinds before each step, of the same task; -1: none."""
+        if kinds not in self._cache:
+            self._cache[kinds] = self.before_where(np.isin(self.kind, kinds))
+        return self._cache[kinds]
+
+    def previous(self) -> Index:
+        """The step before each, of the same task; -1: none."""
+        return np.where(self._here > self._start, self._here - 1, np.int64(-1))
+
+    def at(self, name: str, index: Index) -> NDArray[Any]:
+        """A column at other steps; what stands at -1 has no meaning."""
+        return self.rows[name][np.maximum(index, 0)]
+
+    def at_index(self, column: Index, index: Index) -> Index:
+        """The same for an array of indices."""
+        return column[np.maximum(index, 0)]
+
+    def task_of(self, index: Index) -> NDArray[np.int64]:
+        """The task of other steps."""
+        return self.at("task", index)
+
+    def find(self, rule: Rule, of: Bools, wrong: Bools, context: Index) -> None:
+        """Enter what a rule finds among the fresh steps."""
+        of = of & self.rows["fresh"]
+        bad = np.flatnonzero(of & wrong)
+        if not len(bad):
+            self.ledger.judge(rule, int(np.count_nonzero(of)), bad, (), str)
+            return
+        line = self.rows["line"]
+        seen = np.where(context >= 0, line[np.maximum(context, 0)], np.int64(0))
+        kinds = self.kind
+
+        def say(i: int) -> str:
+            before = f" after {KINDS[kinds[context[i]]].lower()}" if context[i] >= 0 else ""
+            return f"{KINDS[kinds[i]].lower()}{before}"
+
+        self.ledger.judge(rule, int(np.count_nonzero(of)), bad, (seen, line), say)
