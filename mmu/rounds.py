@@ -9,7 +9,7 @@ What is chosen, not measured: all sizes, the uniform choice of pages, and how of
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,14 +17,13 @@ from numpy.typing import NDArray
 from mmu import causes, play
 from mmu.causes import CAUSES, Caused
 from mmu.scenario import CR3, INVLPG, LOG_DIRTY_PAGES, READ, WRITE, DirtyGet, Event, Gmap, Memslot, Run, Scenario, Vcpu
-from mmu.vm import Guest
 
 MACHINES = {
-    "NPT": (True, None),
-    "soft MMU": (False, None),
+    "NPT": (True, ""),
+    "soft MMU": (False, ""),
     "soft MMU, series of 2012": (False, "2012"),
 }
-"""Machine: whether nested paging is used, and a fast-path policy where it is not the kernel's own."""
+"""Machine: whether nested paging is used, and a fast-path policy, empty for the kernel's own."""
 
 PAGES, ROUNDS, EDITS = 128, 8, 4
 RAM, DATA, ROOT, TABLE = 0x1000000, 0x40000000, 0x4000000, 0x4005000
@@ -73,11 +72,7 @@ def run(machine: str, interval: int = 256, writes: float = 0.5, **sizes: int) ->
         raise ValueError(f"machine is {machine!r}; expected one of {', '.join(MACHINES)}")
     nested, policy = MACHINES[machine]
     laid = scene(nested, interval, writes, **sizes)
-    player = play.Player(laid)
-    if policy is not None:
-        player.out.kernel = replace(player.out.kernel, policy=policy)
-        player.guest = Guest(player.out.kernel)
-    said = player.play()
+    said = play.predict(laid, policy)
     caused = causes.predicted_causes(laid, said)
     faults = said.faults[causes.compared(laid, said)]
     steady = caused.epoch > 0

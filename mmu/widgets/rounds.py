@@ -1,4 +1,4 @@
-"""The player of dirty-log rounds: how often the log is read against the faults that come of it (chapters 2, 3, 4, 8)."""
+"""The player of dirty-log rounds: how often the log is read against the faults that come of it (chapter 4)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EDITS = (0, 4)
 SHOWN = 6  # rounds
 MACHINES = ("NPT", "soft MMU")
 PATTERNS = ("hatched", "solid", "dashed", "outlined", "dotted", "thick")
-"""How the bars of one kind are drawn, in the order in which kinds are first met; green where the lock was not taken."""
+"""How the bars of one kind are drawn under the lock, in the order in which kinds are met there; green without it."""
 
 
 def _code(result: Rounds) -> list[str]:
@@ -111,8 +111,8 @@ class RoundsPlayer(Player):
                        for kind, without, _ in round if not without})  # fmt: skip
         super().__init__(
             alt=f"{len(settings)} settings of how often the dirty log is read, how much is written and whether the "
-            f"guest edits its page tables; for each, the faults of {SHOWN} rounds by {by} on {', '.join(machines)}, "
-            "and the pages that the log named.",
+            f"guest edits its page tables; for each, the faults of {SHOWN} rounds by {by} on {len(machines)} "
+            f"machines ({', '.join(machines)}), and the pages that the log named.",
             data={
                 "by": by,
                 "choices": [
@@ -121,8 +121,12 @@ class RoundsPlayer(Player):
                     {"name": "table entries edited a round", "values": [str(edit) for edit in edits]},
                 ],
                 "kinds": [
-                    {"name": name, "pattern": PATTERNS[place % len(PATTERNS)], "fast": place in fast,
-                     "slow": place in slow}
+                    {
+                        "name": name,
+                        "pattern": PATTERNS[(slow.index(place) if place in slow else 0) % len(PATTERNS)],
+                        "fast": place in fast,
+                        "slow": place in slow,
+                    }
                     for place, name in enumerate(kinds)
                 ],
                 "machines": list(machines),
