@@ -202,6 +202,12 @@ def _told(event: str, record: Any, layout: str | None) -> tuple[str, str]:
             return f"gfn {int(record['gfn']):#x} level {int(record['level'])}: {_changed(old, new, layout)}", "step"
         case "kvm_mmu_set_spte":
             return f"gfn {int(record['gfn']):#x} is mapped: {int(record['spte']):#x}", "step"
+        case "kvm_mmu_paging_element":
+            return f"the guest's entry, level {int(record['level'])}: {int(record['pte']):#x}", "step"
+        case "kvm_mmu_walker_error":
+            return f"refused, code {int(record['pferr']):#x}", "step"
+        case "kvm_inj_exception":
+            return f"handed to the guest: {record['exception'].decode('utf-8', 'replace')}", "step"
         case "tracing_mark_write":
             return f"note: {record['text'].decode('utf-8', 'replace')[:40]}", "step"
     if event.endswith("_page_fault_ret"):
