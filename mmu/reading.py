@@ -154,7 +154,7 @@ def lanes(
     seen = list(dict.fromkeys(thread[begin : begin + events].tolist()))[:LANES]
     rows: list[tuple[int, str, str, str, str]] = []
     held = [False] * LANES
-    names = [f"thread {pid}" if pid >= 0 else "unknown thread" for pid in seen]
+    names = [_named(recording, pid) for pid in seen]
     for (at, name, row), pid in zip(
         order[begin : begin + events].tolist(), thread[begin : begin + events].tolist(), strict=True
     ):
@@ -162,8 +162,6 @@ def lanes(
             continue
         lane, event = seen.index(pid), name.decode()
         record = recording[event][row]
-        if "vcpu" in (record.dtype.names or ()) and record["vcpu"] >= 0:
-            names[lane] = f"vCPU {int(record['vcpu'])}"
         text, kind = _told(event, record, layout)
         locked = bool(handling.under_lock(record["flags"]))
         if locked != held[lane] and kind == "step":
@@ -171,6 +169,16 @@ def lanes(
             held[lane] = locked
         rows.append((lane, text, kind, "", str(at)))
     return rows, names
+
+
+def _named(recording: Trace, pid: int) -> str:
+    """What a thread is called: the vCPU that it runs, by any event of the recording that tells."""
+    for event in ("kvm_page_fault", "kvm_entry", "kvm_exit"):
+        own = recording[event][recording[event]["pid"] == pid]
+        own = own[own["vcpu"] >= 0]
+        if len(own) and pid >= 0:
+            return f"vCPU {int(own['vcpu'][0])}"
+    return f"thread {pid}" if pid >= 0 else "unknown thread"
 
 
 def _told(event: str, record: Any, layout: str | None) -> tuple[str, str]:
@@ -194,8 +202,16 @@ def _told(event: str, record: Any, layout: str | None) -> tuple[str, str]:
             return f"gfn {int(record['gfn']):#x} level {int(record['level'])}: {_changed(old, new, layout)}", "step"
         case "kvm_mmu_set_spte":
             return f"gfn {int(record['gfn']):#x} is mapped: {int(record['spte']):#x}", "step"
+        case "kvm_mmu_paging_element":
+            return f"the guest's entry, level {int(record['level'])}: {int(record['pte']):#x}", "step"
+        case "kvm_mmu_walker_error":
+            return f"refused, code {int(record['pferr']):#x}", "step"
+        case "kvm_inj_exception":
+            return f"handed to the guest: {record['exception'].decode('utf-8', 'replace')}", "step"
         case "tracing_mark_write":
-            return f"note: {record['text'].decode('utf-8', 'replace')[:30]}", "step"
+            return f"note: {record['text'].decode('utf-8', 'replace')[:40]}", "step"
+    if event.endswith("_page_fault_ret"):
+        return f"the handler returns {int(record['ret'])}", "step"
     return event.removeprefix("kvm_").replace("_", " "), "step"
 
 
