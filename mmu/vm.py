@@ -33,7 +33,7 @@ READ, WRITE, INCREMENT, FETCH, INVLPG, CR3, CR0 = np.arange(7, dtype=np.uint8)
 CR0_WP, CR4_SMEP, CR4_SMAP = 1 << 16, 1 << 20, 1 << 21
 EFER_LMA, EFER_NXE = 1 << 10, 1 << 11
 MAXPHYADDR = 40  # of the emulated CPU under the recorded guests
-BLOCK = 1 << 15  # accesses of an unpaged guest that are looked at together: their arrays stay in the CPU's cache
+BLOCK = 1 << 16  # accesses of an unpaged guest that are looked at together: their arrays stay in the CPU's cache
 WINDOW = 1 << 12  # accesses of a paged guest that are walked at once, up to the next ordering point
 
 

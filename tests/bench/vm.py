@@ -181,7 +181,7 @@ def long_run(count: int) -> None:
     def rounds() -> Iterator[Stream]:
         dice = np.random.default_rng(9)
         for _ in range(0, count, ROUND):
-            yield from pieces(dice, LONG_PAGES, ROUND)
+            yield from pieces(dice, LONG_PAGES - 1, ROUND)
             guest.get_dirty_log(slot)
 
     start = time.perf_counter()
