@@ -12,7 +12,7 @@ is known by its symptoms (:mod:`mmu.symptoms`). ``python -m mmu check TRACE --no
 Where the kernel lost events, or another recording begins, what was known is forgotten. A root of the TDP MMU that was
 given up has other entries than the new one of the same gfns.
 
-Facts: those of the modules above; ftrace prints events in the order of their TIMESTAMPs (Documentation/trace/ftrace.rst).
+Facts: those of the modules above; ftrace prints events in the order of their TIMESTAMPs (ftrace.rst).
 """
 
 from __future__ import annotations

@@ -242,7 +242,8 @@ def _mmio(ledger: Ledger, events: NDArray[Any], form: SpteLayout | None) -> None
     kvm, own, valid = events["kvm_gen"], events["spte_gen"], events["valid"] == 1
 
     def say(i: int) -> str:
-        return f"spte {int(events['spte'][i]):#x}, generation {int(own[i]):#x}, KVM's {int(kvm[i]):#x}, valid {int(valid[i])}"
+        numbers = f"generation {int(own[i]):#x}, KVM's {int(kvm[i]):#x}, valid {int(valid[i])}"
+        return f"spte {int(events['spte'][i]):#x}, {numbers}"
 
     ledger.judge(STALE, len(events), np.flatnonzero(valid != (kvm == own)), (events["line"],), say)
     if form is None or not len(events) or "GEN_LOW" not in form.mmio:
