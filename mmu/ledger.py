@@ -27,8 +27,8 @@ class Rule:
         name: the rule, as a finding quotes it.
         source: the kernel's function, or what else is known to say so.
         needs: ``layout`` where sptes are decoded; ``history`` where what went before counts, so that a loss of events
-            in between excuses; ``since`` likewise, however often; ``order`` likewise, of one task; ``seldom`` where a trace that breaks the rule often
-            is of a kernel, or of settings, that the rule does not know.
+            in between excuses; ``since`` likewise, however often; ``order`` likewise, of one task; ``seldom`` where a
+            trace that breaks the rule often is of a kernel, or of settings, that the rule does not know.
     """
 
     name: str
