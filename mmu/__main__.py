@@ -93,12 +93,16 @@ def check(options: argparse.Namespace) -> int:
             worst = UNUSABLE
             continue
         files.append(checked)
-        worst = max(worst, UNUSABLE if not checked.of else DONE if checked.agree == checked.of else DISAGREE)
+        fine = checked.agree == checked.of and not checked.findings
+        worst = max(worst, UNUSABLE if not checked.of else DONE if fine else DISAGREE)
         if not options.json:
             _print_checked(checked)
+        if not checked.complete:
+            worst = STOPPED
+            break
     agree, of = sum(f.agree for f in files), sum(f.of for f in files)
     if options.json:
-        _emit({"files": [f.as_json() for f in files], "agree": agree, "of": of, "complete": True})
+        _emit({"files": [f.as_json() for f in files], "agree": agree, "of": of, "complete": worst != STOPPED})
     else:
         print(f"agree {agree} of {of}")
     return worst
@@ -115,6 +119,20 @@ def _print_checked(checked: checking.Checked) -> None:
         )
     if len(checked.disagreements) > 20:
         print(f"  and {len(checked.disagreements) - 20} more (all with --json)")
+    for found in checked.findings[:20]:
+        lines = ", ".join(str(line) for line in found["lines"][-4:])
+        print(f"  finding, {'lines' if len(found['lines']) > 1 else 'line'} {lines}: not so: {found['rule']}")
+        print(f"    {found['what'] + ' ' if 'what' in found else ''}({found['source']})")
+    if len(checked.findings) > 20:
+        print(f"  and {len(checked.findings) - 20} more findings (all with --json)")
+    absent = [rule for rule in checked.not_applied if rule["reason"].startswith("the trace has no")]
+    for reason in dict.fromkeys(rule["reason"] for rule in checked.not_applied if rule not in absent):
+        rules = [rule["rule"] for rule in checked.not_applied if rule["reason"] == reason]
+        print(f"  not applied: {'; '.join(rules[:3])}{f' and {len(rules) - 3} more' if rules[3:] else ''}: {reason}")
+    if absent:
+        print(f"  not applied: {len(absent)} rules about events that the trace has not (all with --json)")
+    if not checked.complete:
+        print("  PARTIAL: stopped before the end")
     for line in checked.unreadable[:20]:
         print(f"  line {line['line']} unreadable: {line['reason']}")
 

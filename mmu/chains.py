@@ -45,6 +45,7 @@ RULES = (LINK, UNSET, SEEN, TAKEN, MOVED)
 
 KNOWN = 1 << 20  # sptes whose last change is remembered
 HELD = 64  # lines at the end of a piece whose changes wait for what may stand out of order behind them
+CLOSE = 10_000_000  # ns: an event is printed no later than this after its change (chosen, not known)
 EPOCH = np.uint64(58)  # bits 58 to 60 of a name; they tell histories apart that a new root or a loss separates
 _NO = np.uint64(MISSING)
 _ORDERS = [(2, [1, 0]), (3, [1, 2, 0]), (3, [2, 0, 1]), (3, [2, 1, 0])]  # in which neighbours may really have come
@@ -218,7 +219,7 @@ class Chains:
         lines = before["line"], changes["line"]
         for rule, of in ((LINK, judged & tdp), (UNSET, judged & ~tdp)):
             self.ledger.judge(rule, int(of.sum()), np.flatnonzero(bad & of), lines, say)
-        self._judge_taken(changes, tdp)
+        self._judge_taken(changes, before, tdp)
 
     def _reordered(self, changes: NDArray[Any], left: Words, before: NDArray[Any], bad: Bools, tdp: Bools) -> Bools:
         """Which broken links are whole when two or three neighbours of different tasks are read in another order.
@@ -238,7 +239,8 @@ class Chains:
                 for a in range(size):
                     for b in range(a):
                         swapped = order.index(a) < order.index(b)
-                        whole &= ~np.bool_(swapped) | (pid[window[:, a]] != pid[window[:, b]])
+                        apart = np.abs(changes["ns"][window[:, a]] - changes["ns"][window[:, b]])
+                        whole &= ~np.bool_(swapped) | ((pid[window[:, a]] != pid[window[:, b]]) & (apart <= CLOSE))
                 turned = window[:, order]
                 state, known = before["left"][first], before["line"][first] > 0
                 for place in range(size):
@@ -284,7 +286,7 @@ class Chains:
         both = np.concatenate([self._splits, both])[-KNOWN // 16 :]
         self._splits = both[np.lexsort((both["line"], both["key"]))]
 
-    def _judge_taken(self, changes: NDArray[Any], tdp: Bools) -> None:
+    def _judge_taken(self, changes: NDArray[Any], before: NDArray[Any], tdp: Bools) -> None:
         """In the TDP MMU, ``new`` of a fixed fault lacks W only when a neighbour of the chain took it."""
         fixed = (changes["event"] == FAST) & tdp
         lacks = np.flatnonzero(fixed & (changes["new"] & self._w == 0))
@@ -292,9 +294,11 @@ class Chains:
         told = np.zeros(len(lacks), dtype=np.bool_)
         for step in (-2, -1, 1, 2, 3):
             near = np.clip(lacks + step, 0, n - 1)
-            told |= (changes["key"][near] == changes["key"][lacks]) & (changes["event"][near] == TDP) & (
-                changes["new"][near] & self._w == 0
-            ) & (changes["pid"][near] != changes["pid"][lacks])  # fmt: skip
+            state = before["left"][near]  # a change that stands before it came behind it, if it fits there
+            fits = np.bool_(step > 0) | self._linked(state, before["line"][near] > 0, changes["old"][lacks], tdp[lacks])
+            fits &= (changes["key"][near] == changes["key"][lacks]) & (changes["event"][near] == TDP)
+            fits &= (changes["new"][near] & self._w == 0) & (changes["pid"][near] != changes["pid"][lacks])
+            told |= fits
         self.ledger.judge(TAKEN, int(fixed.sum()), lacks[~told], (changes["line"],), lambda i: _name(changes[i]))
 
     def _judge_sights(self, sights: NDArray[Any], changes: NDArray[Any], left: Words) -> None:

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmu import codetable, litmus, replay, trace, walks
+from mmu import codetable, conform, litmus, replay, trace, walks
 from mmu import scenario as scenarios
 
+_HEAD = 1 << 20
 NO_SCENARIO = "none"
 """Passed as a scenario: do not look for one, hold the trace against itself alone."""
 
@@ -39,6 +40,8 @@ class Checked:
     scenario: str | None = None
     layout: str | None = None
     rules: str = ""
+    not_applied: list[dict[str, Any]] = field(default_factory=list)
+    complete: bool = True
 
     @property
     def agree(self) -> int:
@@ -136,11 +139,12 @@ def _litmus(path: str, raw: bytes, **_: Any) -> Checked:
 def _trace(path: str, raw: bytes, *, scenario: str | None = None, layout: str | None = None) -> Checked:
     found = None if scenario == NO_SCENARIO else scenario or scenario_of(path)
     if found is None:
-        raise Unusable(f"{path}: no scenario lies beside this trace; name one with --scenario")
+        return _conform(path, raw, layout)
     try:
         scene = scenarios.parse(read_bytes(found).decode("utf-8", errors="replace"))
         said = replay.check(raw, scene, layout)
         walked = walks.check_walks(trace.read(raw), scene)
+        judged = conform.conform(raw, layout)
     except Unusable:
         raise
     except ValueError as error:
@@ -150,18 +154,49 @@ def _trace(path: str, raw: bytes, *, scenario: str | None = None, layout: str | 
         "trace",
         {"walks": {"agree": walked.agree, "of": walked.of}, **said["counts"]},
         disagreements=sorted([*walked.disagreements, *said["disagreements"]], key=lambda wrong: wrong["line"] or 0),
-        findings=said["findings"],
+        findings=[*said["findings"], *judged["findings"]],
         unreadable=said["unreadable"],
         scenario=found,
         layout=said["layout"],
         rules="prediction from the scenario alone, and replay rules",
+        not_applied=judged["not_applied"],
     )
+
+
+def _conform(path: str, source: str | bytes, layout: str | None) -> Checked:
+    """A trace held against itself alone."""
+    judged = conform.conform(source, layout)
+    if judged["damage"]:
+        raise Unusable(f"{path}: {judged['damage']}")
+    return Checked(
+        path,
+        "trace",
+        {"events": {"agree": judged["agree"], "of": judged["of"]}},
+        findings=judged["findings"],
+        unreadable=judged["unreadable"],
+        layout=judged["layout"],
+        rules=f"replay rules alone; layout {judged['layout'] or 'not known'}: {judged['layout_reason']}",
+        not_applied=judged["not_applied"],
+        complete=judged["complete"],
+    )
+
+
+def _begins_as_trace(path: str) -> bool:
+    """Whether the first megabyte of a file is of a trace and of no other kind."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(_HEAD)
+        if head[:2] == b"\x1f\x8b":
+            head = zlib.decompressobj(wbits=31).decompress(head, _HEAD)
+    except (OSError, zlib.error):
+        return False  # the reader of the whole file says what is wrong
+    return next((kind for kind, (recognises, _) in KINDS.items() if recognises(head)), None) == "trace"
 
 
 KINDS: dict[str, tuple[Callable[[bytes], bool], Callable[..., Checked]]] = {
     "error-codes": (lambda raw: codetable.is_table(raw[:4096].decode("utf-8", errors="replace")), _error_codes),
     "litmus": (_is_litmus, _litmus),
-    "trace": (lambda raw: len(trace.read(raw[: 1 << 20])) > 0, _trace),
+    "trace": (lambda raw: len(trace.read(raw[:_HEAD])) > 0, _trace),
 }
 """Whether a file's content is of a kind, and how that kind is compared, by the kind's name."""
 
@@ -176,6 +211,13 @@ def check(path: str, **options: Any) -> Checked:
     Raises:
         Unusable: the file cannot be read or no kind recognises it; the message says which kinds there are.
     """
+    scenario = options.get("scenario")
+    alone = scenario == NO_SCENARIO or (scenario is None and scenario_of(path) is None)
+    if alone and path != "-" and _begins_as_trace(path):
+        try:
+            return _conform(path, path, options.get("layout"))  # however long it is
+        except OSError as error:
+            raise Unusable(f"{path}: {error.strerror or error}") from None
     raw = read_bytes(path)
     for recognises, compare in KINDS.values():
         if recognises(raw):

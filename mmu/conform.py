@@ -12,19 +12,21 @@ is known by its symptoms (:mod:`mmu.symptoms`). ``python -m mmu check TRACE --no
 Where the kernel lost events, or another recording begins, what was known is forgotten. A root of the TDP MMU that was
 given up has other entries than the new one of the same gfns.
 
-Facts: those of the modules above; ftrace prints events in the order of their TIMESTAMPs (ftrace.rst).
+Facts: those of the modules above; that ftrace prints events in the order of time
+(Linux 6.1 ring_buffer.c and trace.c).
 """
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mmu import chains, histories, infer, order, spte, trace, values
+from mmu import chains, histories, infer, order, progress, spte, trace, values
 from mmu.histories import TDP
 from mmu.ledger import WINDOW, Ledger, Rule
 from mmu.symptoms import Symptoms
@@ -53,27 +55,53 @@ def conform(source: trace.Source, layout: str | None = None) -> dict[str, Any]:
 
     Returns:
         ``findings``, a list of ``lines``, ``rule``, ``source``, ``what``; ``not_applied``, a list of ``rule`` and
-        ``reason``; ``agree`` of ``of`` events are legal; ``layout`` and ``layout_reason``; ``unreadable``.
+        ``reason``; ``agree`` of ``of`` events are legal; ``layout`` and ``layout_reason``; ``unreadable``;
+        ``complete``, False where Ctrl-C ended it early; ``damage``, what is wrong with the file itself, or None.
 
     Raises:
         OSError: the source cannot be read. ValueError: no such layout.
     """
     signs: Counter[str] = Counter()
-    for piece in trace.chunks(source):
-        signs.update(infer.signs_of(piece))
-    return judge(trace.chunks(source), signs, layout)
+    if layout is not None:
+        spte.layout_named(layout)
+    try:
+        for piece in _pieces(source):
+            signs.update(infer.signs_of(piece))
+    except KeyboardInterrupt:
+        return {**judge([], signs, layout), "complete": False}
+    return judge(_pieces(source), signs, layout)
+
+
+def _pieces(source: trace.Source) -> Iterator[trace.Trace]:
+    if not isinstance(source, str | os.PathLike) or source == "-":
+        yield from trace.chunks(source)
+        return
+    file, bar = progress.opened(source)
+    with file:
+        yield from trace.chunks(bar)
 
 
 def judge(pieces: Iterable[trace.Trace], signs: Counter[str], layout: str | None) -> dict[str, Any]:
     """The same, with the signs already counted; see :func:`conform`."""
     inferred, reason = infer.infer_layout(signs)
     judged = Conformance(layout or inferred, signs)
-    unreadable = []
-    for piece in pieces:
-        judged.add(piece)
-        unreadable += [line._asdict() for line in piece.unreadable]
-    reason = "given" if layout else reason
-    return {**judged.finish(), "layout": layout or inferred, "layout_reason": reason, "unreadable": unreadable}
+    unreadable, damage, complete = [], None, True
+    try:
+        for piece in pieces:
+            judged.add(piece)
+            unreadable += [line._asdict() for line in piece.unreadable]
+            if not piece.complete:
+                damage = f"line {piece.unreadable[-1].line}: {piece.unreadable[-1].reason}"
+    except KeyboardInterrupt:
+        complete = False
+    return {
+        **judged.finish(),
+        "layout": layout or inferred,
+        "layout_reason": "given" if layout else reason,
+        "unreadable": unreadable,
+        "damage": damage,
+        "complete": complete,
+    }
 
 
 class Conformance:
@@ -87,10 +115,14 @@ class Conformance:
         self.unknown = mmu is None and self.form is None
         self.old_flags = infer.old_flags(signs)
         self.names = histories.Names()
-        self.chains = None if self.form is None else chains.Chains(
-            self.ledger, self.form, self.names, fast_printed=signs["fast"] > 0
-        )  # fmt: skip
-        self.order = order.Order(self.ledger, self.form, ept=self.ept, seen=infer.events_of(signs))
+        # The series of 2012 had no event for its fast path, and its sptes tell less.
+        self.old = self.form is not None and "MMU_W" not in self.form.bits
+        self.chains = None
+        if self.form is not None and not self.old:
+            self.chains = chains.Chains(self.ledger, self.form, self.names, fast_printed=signs["fast"] > 0)
+        self.order = order.Order(
+            self.ledger, None if self.old else self.form, ept=self.ept, seen=infer.events_of(signs)
+        )
         self.symptoms = Symptoms(self.ledger, ept=self.ept)
         self.events = 0
         self.lost: list[NDArray[Any]] = [np.zeros(0, dtype=WINDOW)]
@@ -100,6 +132,9 @@ class Conformance:
         self._zapping: list[tuple[int, int, int]] = []  # line, pid, epoch before
         self._rings: dict[int, tuple[int, int]] = {}
         self._generations: dict[int, tuple[int, int]] = {}
+        if self.old:
+            for rule in (*values.FAST_RULES, *chains.RULES, *order.LAYOUT_RULES):
+                self.ledger.excused[rule] = "sptes of 2012 tell too little, and their fast path prints no event"
         if self.form is None:
             for rule in (*values.LAYOUT_RULES, *chains.RULES, *order.LAYOUT_RULES):
                 self.ledger.excused[rule] = "the sptes' layout could not be inferred; --layout names it"
@@ -181,7 +216,8 @@ class Conformance:
             CPU_TIME, int(own.sum()), bad, (a["line"], b["line"]),
             lambda i: f"CPU {int(b['cpu'][i])}: {a['ns'][i] / 1e9:.6f} s, then {b['ns'][i] / 1e9:.6f} s",
         )  # fmt: skip
-        self._cpus = fresh[np.append(fresh["cpu"][1:] != fresh["cpu"][:-1], True)][-_CPUS:]
+        newest = fresh[np.append(fresh["cpu"][1:] != fresh["cpu"][:-1], True)]
+        self._cpus = newest[newest["line"] >= restarts.max(initial=0)][-_CPUS:]
 
     def _losses(self, piece: trace.Trace) -> Lines:
         """Where a CPU lost events; the time from its last event on is not known. Returns the lines of the losses."""

@@ -83,7 +83,7 @@ def signs_of(piece: trace.Trace) -> dict[str, int]:
     return signs
 
 
-FEW = 2, 50
+FEW = 2, 20
 """So many signs, of at least so many times as many that say otherwise, are taken for damage, not for another kernel."""
 
 

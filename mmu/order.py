@@ -57,9 +57,7 @@ RETURN_SPURIOUS = Rule(
     "a fault that returns SPURIOUS met an spte that was there", f"{_MMU}, direct_page_fault", "order, layout"
 )
 RETURN_INNER = Rule("the fast path returns before the fault does", "Linux 6.12 mmu.c, kvm_tdp_page_fault", "order")
-EMULATED = Rule(
-    "what returns EMULATE is emulated, what was repaired is not", f"{_MMU}, kvm_mmu_page_fault", "order, layout"
-)
+EMULATED = Rule("a fault that returns EMULATE is emulated", f"{_MMU}, kvm_mmu_page_fault", "order, layout")
 REQUEST_FAULT = Rule("what is requested is what faulted", f"{_MMU}, direct_map; tdp_mmu.c, kvm_tdp_mmu_map", "order")
 REQUEST_ONCE = Rule("a fault requests one spte", f"{_MMU}, direct_map; tdp_mmu.c, kvm_tdp_mmu_map", "order")
 SET_REQUEST = Rule("an spte is set on a request, to the pfn requested", f"{_MMU}, mmu_set_spte", "order, layout")
@@ -87,6 +85,10 @@ INJECTED = Rule(
 )
 LEAF_REQUESTED = Rule("what is requested is what the guest's leaf maps", f"{_WALKER}, page_fault", "order")
 MMIO_VALID = Rule("an MMIO spte is used after it was found valid", f"{_MMU}, handle_mmio_page_fault", "order")
+MMIO_STALE = Rule(
+    "a reserved-bit fault maps anew only what was found stale", f"{_MMU}, handle_mmio_page_fault", "order"
+)
+MMIO_MARKED = Rule("what lies in no slot is marked as MMIO", f"{_MMU}, mmu_set_spte; tdp_mmu.c", "order")
 MMIO_SAME = Rule("MMIO is done at the address that was matched", f"{_RUN}, emulator_read_write_onepage", "order")
 MMIO_DONE = Rule("MMIO that was matched is done next", f"{_RUN}, emulator_read_write_onepage", "order")
 MMIO_FAULT = Rule(
@@ -101,11 +103,12 @@ NEEDED = {  # events without which a rule says nothing; the kvm_ of their names 
     ENTER: ("exit",), LEAVE: ("entry",), FAULT_EXIT: ("exit",), FAULT_MISSING: ("page_fault",),
     FAST_FAULT: ("page_fault",), FAST_MISSING: ("fast_page_fault",), RETURN_MISSING: ("*_page_fault_ret",),
     RETURN_FIXED: ("mmu_set_spte",), REQUEST_FAULT: ("page_fault",), SET_REQUEST: ("mmu_spte_requested",),
-    SET_FIRST: ("mmu_spte_requested",), CHANGE_SET: ("mmu_set_spte", "mark_mmio_spte"), SET_CHANGE: ("mmu_set_spte",),
+    SET_FIRST: ("mmu_spte_requested",), CHANGE_SET: ("mmu_set_spte",), SET_CHANGE: ("mmu_set_spte",),
     CHANGE_REQUEST: ("mmu_spte_requested",), CHANGE_ONE: ("mmu_set_spte",), TABLE_GFN: ("mmu_spte_requested",),
     TABLE_GONE: ("mmu_prepare_zap_page",), WALK_LEVELS: ("mmu_pagetable_walk",), WALK_END: ("mmu_walker_error",),
     INJECTED: ("mmu_walker_error",), MMIO_VALID: ("check_mmio_spte", "handle_mmio_page_fault"),
-    MMIO_DONE: ("mmio",), MMIO_EMULATED: ("emulate_insn",), EMULATED: ("emulate_insn",), USER_AFTER: ("entry", "exit"),
+    MMIO_STALE: ("check_mmio_spte",), MMIO_MARKED: ("mark_mmio_spte",), MMIO_DONE: ("mmio",),
+    MMIO_EMULATED: ("emulate_insn",), EMULATED: ("emulate_insn",), USER_AFTER: ("entry", "exit"),
     RETURN_ONCE: ("page_fault",), RETURN_LAST: ("page_fault",),
 }  # fmt: skip
 
@@ -214,7 +217,8 @@ class Order:
         for rule, events in NEEDED.items():
             missing = [name for name in events if not {name, f"kvm_{name}"} & set(seen)]
             if missing:
-                ledger.excused[rule] = f"the trace has no {' or '.join(missing)}"
+                named = [name if name[0] == "*" or name in trace.FORMATS else f"kvm_{name}" for name in missing]
+                ledger.excused[rule] = f"the trace has no {' or '.join(named)}"
         self.numbers = RETURN_NUMBERS["6.12" if form and form.name.startswith("6.12") else "6.1"]
         self._kept = np.zeros(0, dtype=STEP)
 
@@ -405,6 +409,9 @@ class Order:
             kind = np.uint64(bits.mask("AD_KIND") if "AD_KIND" in bits else 0)
             tracks = (v.rows["b"] & kind == np.uint64(1 << 52)) & (kind > 0)
             v.find(SET_ACCESSED, first & same & ~tracks, v.rows["b"] & accessed == 0, request)
+            tracks = (v.at("b", behind) & kind == np.uint64(1 << 52)) & (kind > 0)
+            leaf = change & mapped & (state != MMIO) & ~tracks
+            v.find(SET_ACCESSED, leaf, v.at("b", behind) & accessed == 0, behind)
         alone = change & (v.kind != SET) & np.isin(state, LEAVES)
         old, new = v.at("c", behind), v.at("b", behind)
         alone &= np.isin(states(old, self.form, v.at("sub", behind)), LEAVES)
@@ -417,7 +424,8 @@ class Order:
         there[changes] = np.isin(
             states(v.rows["b"][changes], self.form, v.rows["sub"][changes]), (*LEAVES, MMIO, NON_LEAF)
         )
-        v.find(CHANGE_REQUEST, there, request < fault, fault)
+        other = (request < fault) | ~same
+        v.find(CHANGE_REQUEST, there, other, np.where(request > fault, request, fault))
 
     def _tables(self, v: _Visit) -> None:
         if self.form is None:
@@ -507,6 +515,13 @@ class Order:
         v.find(MMIO_SAME, matched & (v.kind == IO), v.rows["a"] != v.at("a", behind), behind)
         last, emulated = v.before(ENTRY, EXIT), v.before(EMUL)
         exit_ = (last >= 0) & (v.at("kind", last) == EXIT)
+        fault, request, check = v.before(FAULT), v.before(REQ), v.before(CHECK)
+        within = exit_ & (fault > last)
+        anew = (v.kind == REQ) & within & (self._code(v.at("b", fault)) & _RSVD != 0)
+        v.find(MMIO_STALE, anew, (check < fault) | (v.at("sub", check) == 1), fault)
+        nowhere = (v.kind == RET) & within & (request > fault) & (v.at("b", request) >> np.uint64(63) != 0)
+        nowhere &= v.rows["a"] == np.uint64(self.numbers["EMULATE"])
+        v.find(MMIO_MARKED, nowhere, v.before(MARK) < request, request)
         begun = (v.kind == MATCH) | ((v.kind == IO) & (v.rows["sub"] > 0))
         v.find(MMIO_EMULATED, begun & exit_ & (v.before(USER) < last), emulated < last, last)
         v.find(USER_AFTER, (v.kind == USER) & (last >= 0), ~exit_, last)

@@ -20,26 +20,25 @@ from mmu.ledger import Ledger, Rule
 from mmu.scan import MISSING
 
 STORM = Rule(
-    "a spurious fault is not repeated while nothing changes",
-    "a fault drops the translation that caused it (Intel SDM 4.10.4.1, AMD APM 5.5.2; from memory), so the next access "
-    "finds the spte; the storm of 9 September 2024 on kvm@vger.kernel.org",
+    "no storm: a spurious fault is not repeated while nothing changes",
+    "a fault drops the stale translation that caused it (from memory); storm of 9 September 2024, kvm list",
     "since",
 )
 LOOP = Rule(
-    "a fault is not repeated at once at the same instruction and address while nothing changes",
-    "Linux 6.1 mmu.c, is_page_fault_stale; the loop of 30 May 2023 on kvm@vger.kernel.org (mmu_invalidate_seq)",
+    "no refault loop: a fault is not repeated at once at the same instruction and address while nothing changes",
+    "Linux 6.1 mmu.c, is_page_fault_stale; loop of 30 May 2023, kvm list (mmu_invalidate_seq)",
     "since",
 )
 STUCK = Rule(
-    "some vCPU gets beyond the instruction at which it faults",
-    "Linux 6.1 mmu.c, is_page_fault_stale; the loop of 30 May 2023 on kvm@vger.kernel.org (mmu_invalidate_seq)",
+    "no refault loop: some vCPU gets beyond the instruction at which it faults",
+    "Linux 6.1 mmu.c, is_page_fault_stale; loop of 30 May 2023, kvm list (mmu_invalidate_seq)",
 )
 CHURN = Rule(
-    "CR0.WP is not toggled all the time",
+    "no churn: CR0.WP is not toggled all the time",
     "each toggle made KVM load a new MMU context, 46,754 cycles before the series of Krause, 2023",
 )
 REFUSED = Rule(
-    "a supervisor's write that only CR0.WP refuses does not kill the guest",
+    "no stale CR0.WP: a supervisor's write that only CR0.WP refuses does not kill the guest",
     "Krause, 2023: KVM judged by a CR0.WP that the guest had cleared; Linux 6.1 mmu.h, permission_fault",
     "since",
 )

@@ -30,6 +30,7 @@ W_ALONE = Rule("W is set in a leaf only where HOST_W and MMU_W are", _STATES, "l
 MMU_ALONE = Rule("MMU_W is set only where HOST_W is", _STATES, "layout")
 MALFORMED = Rule("a present leaf is one that the CPU accepts", "Linux 6.1 mmu/spte.c, make_spte", "layout")
 NO_VALUE = Rule("an spte is present, MMIO, removed or nothing", "Linux 6.1 mmu/spte.h", "layout, seldom")
+NEVER = Rule("bits that KVM never sets are clear", "Linux 6.1 mmu/spte.c, make_spte", "layout, seldom")
 ALIGNED = Rule("an entry's level is 1 to 5, and its gfn a multiple of what it maps", _TDP)
 SAME = Rule("kvm_tdp_mmu_spte_changed is printed only for a change", _TDP)
 RELEASED = Rule("who removed an entry gives it free without an event", "Linux 6.1 tdp_mmu.c, tdp_mmu_zap_spte_atomic")
@@ -57,6 +58,7 @@ GENERATION = Rule(
 RING_USED = Rule("a dirty ring holds what was pushed and not reset", "Linux 6.1 dirty_ring.c, kvm_dirty_ring_used")
 
 LAYOUT_RULES = tuple(rule for rule in list(globals().values()) if isinstance(rule, Rule) and "layout" in rule.needs)
+FAST_RULES = (FAST_PFN, FAST_MORE, FAST_ABSENT, FAST_LACKS, FAST_NOTHING, FAST_SPURIOUS, FAST_ALLOWED, FAST_MISSED)
 
 _W, _U, _RSVD, _P, _F = (np.uint64(bit) for bit in (2, 4, 8, 1, 16))
 _REMOVED_5 = np.array([0x5A0, 1 << 59], dtype=np.uint64)  # 5.11 and 5.12, whose other words are 5.10's (from memory)
@@ -112,6 +114,11 @@ def _word(ledger: Ledger, events: NDArray[Any], field: str, form: SpteLayout, le
     ledger.judge(W_ALONE, len(words), np.flatnonzero(w_alone), line, say)
     ledger.judge(MMU_ALONE, len(words), np.flatnonzero(mmu_alone), line, say)
     ledger.judge(MALFORMED, len(words), np.flatnonzero(illegal & ~w_alone & ~mmu_alone), line, say)
+    unused = () if form.ept else ("PWT", "PCD", "G", "AD_KIND")
+    never = words & np.uint64(sum(form.bits.mask(name) for name in unused if name in form.bits))
+    never = never | form.bits.unnamed(words)
+    present = np.isin(state, (*LEAVES, NON_LEAF))
+    ledger.judge(NEVER, int(present.sum()), np.flatnonzero(present & (never != 0)), line, say)
     ledger.judge(NO_VALUE, len(words), np.flatnonzero(state == UNKNOWN), line, say)
     return state
 
@@ -200,13 +207,17 @@ def _fast(ledger: Ledger, events: NDArray[Any], form: SpteLayout | None, *, ept:
     real = events["sptep"] >= np.uint64(1 << 63)  # not hashed
     index, page = events["sptep"] >> np.uint64(3) & np.uint64(511), events["gva"] >> np.uint64(12)
     fits = np.zeros(len(events), dtype=np.bool_)
+    small = np.zeros(len(events), dtype=np.bool_)  # surely of the last level
+    if form is not None:
+        small = np.isin(states(old, form, None), LEAVES) & ~large(old, form)
     for up in (0, 9, 18, 27, 36):
-        fits |= index == page >> np.uint64(up) & np.uint64(511)
+        fits |= (index == page >> np.uint64(up) & np.uint64(511)) & (np.bool_(up == 0) | ~small)
     find(INDEX, real & ~(fits & (events["sptep"] & np.uint64(7) == 0)), real)
     impossible = (code & _RSVD != 0) | ((code & (_P | _W) != (_P | _W)) & np.bool_(not ept))
     find(FAST_CODE, impossible)
-    find(FAST_FLAGS, spurious & fixed & np.bool_(not old_flags))
-    if form is None or not len(events):
+    flags = (events["spurious"] > 1) | (events["fixed"] > 1)
+    find(FAST_FLAGS, flags | (spurious & fixed & np.bool_(not old_flags)))
+    if form is None or not len(events) or "MMU_W" not in form.bits:
         return
     is_large = large(old, form)
     level = np.where(is_large, np.int64(2), np.int64(1))
@@ -242,10 +253,12 @@ def _mmio(ledger: Ledger, events: NDArray[Any], form: SpteLayout | None) -> None
     kvm, own, valid = events["kvm_gen"], events["spte_gen"], events["valid"] == 1
 
     def say(i: int) -> str:
-        numbers = f"generation {int(own[i]):#x}, KVM's {int(kvm[i]):#x}, valid {int(valid[i])}"
-        return f"spte {int(events['spte'][i]):#x}, {numbers}"
+        generations = f"generation {int(own[i]):#x}, KVM's {int(kvm[i]):#x}"
+        return f"spte {int(events['spte'][i]):#x}, {generations}, valid {int(events['valid'][i])}"
 
-    ledger.judge(STALE, len(events), np.flatnonzero(valid != (kvm == own)), (events["line"],), say)
+    ledger.judge(
+        STALE, len(events), np.flatnonzero((valid != (kvm == own)) | (events["valid"] > 1)), (events["line"],), say
+    )
     if form is None or not len(events) or "GEN_LOW" not in form.mmio:
         return
     wrong = ~spte.is_mmio(events["spte"], form) | (spte.mmio(events["spte"], form)["generation"] != own)
