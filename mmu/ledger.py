@@ -27,7 +27,7 @@ class Rule:
         name: the rule, as a finding quotes it.
         source: the kernel's function, or what else is known to say so.
         needs: words that say on what it depends. ``layout``: sptes are decoded. ``history``: what went before counts,
-            so a loss of events in between excuses. ``since``: likewise, and however often it fails. ``order``: likewise,
+            so a loss of events in between excuses. ``since``: likewise, however often it fails. ``order``: likewise,
             of one task. ``seldom``: a trace that breaks the rule often has a kernel that the rule does not know.
     """
 
@@ -144,6 +144,4 @@ def _too_often(rule: Rule, record: _Record) -> bool:
         return record.failures > 3 and record.failures * 50 > record.occasions
     return any(need in rule.needs for need in ("history", "seldom")) and (
         record.failures > 7 and record.failures * 20 > record.occasions
-            in between excuses; ``since`` likewise, however often; ``order`` likewise, of one task; ``seldom`` where a
-            trace that breaks the rule often is of a kernel, or of settings, that the rule does not know.
-    
+    )
