@@ -142,7 +142,7 @@ def transitions(layout: str = "6.1-npt") -> Picture:
         bits = ["".join(map(str, three)) for three in _LEGAL]
         short = [names[0], *bits]
         long = [names[0], *(f"{name}\n{three}" for name, three in zip(names[1:], bits, strict=True))]
-        axes.set_xticks(np.arange(5) + 0.5, [f"to {three}" for three in short])
+        axes.set_xticks(np.arange(5, dtype=np.int64) + 0.5, [f"to {three}" for three in short])
         axes.set_yticks(np.arange(5, dtype=np.int64) + 0.5, [label.replace(": ", ":\n") for label in long], size=9)
         axes.set(xlim=(0, 5), ylim=(5, 0))
         axes.xaxis.tick_top()
