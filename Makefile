@@ -4,9 +4,6 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 SOURCES := _config.yml _toc.yml $(shell find book mmu -type f -not -path '*/__pycache__/*' -not -path '*/.ipynb_checkpoints/*')
-# Tests of what needs numpy alone.
-BOOK_TESTS := chapters figures prices exercise site
-CORE_TESTS := $(filter-out $(BOOK_TESTS:%=test_%.py),$(notdir $(wildcard tests/test_*.py)))
 CHAPTERS := $(sort $(wildcard book/*.ipynb))
 
 .PHONY: book test site bench wheel lab chapters text fold lint clean
@@ -32,7 +29,8 @@ wheel: $(READY)
 	rm -rf _build/wheel && $(PYTHON) -m venv _build/wheel/venv
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir _build/wheel .
 	_build/wheel/venv/bin/python -m pip install --quiet --disable-pip-version-check pytest hypothesis _build/wheel/*.whl
-	cd tests && ../_build/wheel/venv/bin/python -m pytest -q -c ../pyproject.toml --rootdir .. -p no:cacheprovider $(CORE_TESTS)
+	cd tests && ../_build/wheel/venv/bin/python -m pytest -q -c ../pyproject.toml --rootdir .. -p no:cacheprovider \
+	  --ignore browser --ignore bench .
 
 lab: $(READY)
 	$(BIN)/jupyter lab --ip=127.0.0.1 book

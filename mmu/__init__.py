@@ -1,19 +1,26 @@
 """How KVM's x86 MMU repairs a guest's page fault: the package behind the book *Fast Page Fault*.
 
-Each module holds one idea and imports only modules on the floors below its own:
+Each module holds one idea, says it in its first line, and imports only modules that stand before it here:
 
-==== ================= =====================================================================
-0    ``bits``          named bit layouts over uint64 scalars and arrays
-1    ``pfec``          page-fault error codes, EPT and NPT codes turned into them  (chapter 2)
-1    ``trace``         kernel trace text to arrays  (chapters 2 and 13)
-2    ``paging``        the permission rules of a page walk, whole arrays at once  (chapter 2)
-5    ``figures``       the book's pictures; imports matplotlib
-5    ``widgets``       the book's players; imports anywidget
-5    ``exercise``      exercises that check themselves
-6    ``__main__``      ``python -m mmu``
-==== ================= =====================================================================
+========= ===========================================================================================================
+words     ``bits`` ``formats`` ``pfec`` ``spte`` ``update``: error codes and page-table entries, bit by bit (2, 3)
+traces    ``scan`` ``records`` ``trace`` ``handling`` ``infer`` ``histories`` ``reading`` ``report``: kernel text to
+          arrays (1, 13)
+paging    ``paging`` ``codetable`` ``tables`` ``nested``: the rules of a page walk, and walks by the million (2, 5)
+races     ``program`` ``protocols`` ``today`` ``placing`` ``machine`` ``hashset`` ``space`` ``quotient`` ``explore``
+          ``board`` ``litmus`` ``explore_cli``: protocols as text, and every interleaving of them (5 to 10, 12)
+machine   ``host`` ``slots`` ``kernel`` ``direct`` ``shadow`` ``vm`` ``scenario`` ``places`` ``walks`` ``play``
+          ``explain`` ``replay``: a simulated guest, held against recordings (4)
+rules     ``progress`` ``ledger`` ``values`` ``chains`` ``order`` ``symptoms`` ``conform`` ``check`` ``causes``: what a
+          trace may say, and what it must not (4, 13)
+time      ``published`` ``queueing`` ``trials`` ``workload`` ``rounds`` ``cost`` ``sweep`` ``readers``: what faults,
+          locks and waiting cost (1, 5, 11)
+book      ``picture`` ``figures`` ``prices`` ``diagrams`` ``graces`` ``charts`` ``answers`` ``faultlanes`` ``exercise``
+          ``widgets``: pictures, exercises and players; they need matplotlib and anywidget
+commands  ``__main__``: ``python -m mmu``
+========= ===========================================================================================================
 
-``import mmu`` needs numpy alone.
+``import mmu`` needs numpy alone; the numbers are those of chapters.
 """
 
 __version__ = "0.1.0"

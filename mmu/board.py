@@ -15,6 +15,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from mmu.explore import state_graph
 from mmu.machine import Event, Machine, State
 from mmu.program import DONE, OOPS, Program
 
@@ -42,29 +43,16 @@ class Move:
 class Board:
     """Every reachable state of a program under one memory model, in the order of a breadth-first search.
 
-    Attributes:
-        machine: what is run.
-        states: each state; number 0 is the start.
-        moves: of each state what can be done next, actors in order, an actor's steps before the draining of its buffer.
-        oops: which states break the invariant ``# (state,)``.
+    ``states[0]`` is the start. ``moves`` lists for each state what can be done next, actors in order, an actor's steps
+    before the draining of its buffer. ``oops`` tells which states break the invariant, ``depth`` how many moves each is
+    from the start, both ``# (state,)``.
     """
 
     machine: Machine
     states: tuple[State, ...] = field(repr=False)
     moves: tuple[tuple[Move, ...], ...] = field(repr=False)
     oops: NDArray[np.bool_] = field(repr=False)
-
-    @cached_property
-    def depth(self) -> NDArray[np.int64]:
-        """How many moves each state is from the start ``# (state,)``."""
-        depth = np.zeros(len(self.states), dtype=np.int64)
-        seen = {0}
-        for here, moves in enumerate(self.moves):  # breadth first: a state stands before those that it leads to
-            for move in moves:
-                if move.target not in seen:
-                    seen.add(move.target)
-                    depth[move.target] = depth[here] + 1
-        return depth
+    depth: NDArray[np.int32] = field(repr=False)
 
     @cached_property
     def _into(self) -> list[list[int]]:
@@ -203,6 +191,10 @@ class Board:
             return f"but the store buffer of vCPU {actor} is empty"
         if local.label in (DONE, OOPS):
             return f"but vCPU {actor} is done"
+        steps = [step for path in self.machine.program.paths[actor].values() for step in path]
+        waiting = next((step for step in steps if step.label == local.label), None)
+        if waiting and waiting.text.startswith("wait "):
+            return f"but vCPU {actor} waits at {local.label} until {waiting.text.removeprefix('wait ')}"
         if local.buffer:
             return f"but vCPU {actor} waits at {local.label or 'its start'} until its store buffer is empty"
         return f"but vCPU {actor} waits at {local.label or 'its first step'} for the lock"
@@ -257,26 +249,17 @@ def board(program: Program, memory: str = "TSO") -> Board:
     >>> len(game.states), [move.text for move in game.shortest()]
     (7, ['S0 sets w = 1'])
     """
-    machine = Machine(program, memory)
-    number = {machine.start: 0}
-    states, moves = [machine.start], []
-    for state in states:  # the list grows while it is walked
-        events = machine.events(state)
-        for event in events:
-            if event.target not in number:
-                number[event.target] = len(states)
-                states.append(event.target)
-        if len(states) > MAX_STATES:
-            raise ValueError(f"more than {MAX_STATES:,} states; search them with mmu.explore instead")
-        moves.append(tuple(_moves(machine, state, events, number)))
-    values = machine.unpack(np.array([state.shared for state in states], dtype=np.int64))
-    for path in {name for paths in program.actors for name in paths}:
-        runners = [vcpu for vcpu, paths in enumerate(program.actors) if path in paths]
-        done = [[_label(machine, vcpu, state) == DONE for vcpu in runners] for state in states]
-        values[f"done({path})"] = np.array(done, dtype=np.bool_).all(axis=1)
-    ended = [any(_label(machine, vcpu, state) == OOPS for vcpu in range(len(machine.actors))) for state in states]
-    judged = np.broadcast_to(np.asarray(program.oops.value(values), dtype=np.bool_), len(states))
-    return Board(machine, tuple(states), tuple(moves), judged | np.array(ended, dtype=np.bool_))
+    graph = state_graph(program, memory)
+    if len(graph.shared) > MAX_STATES:
+        raise ValueError(
+            f"{len(graph.shared):,} states are more than {MAX_STATES:,}; search them with mmu.explore instead"
+        )
+    machine = graph.machine
+    rows = zip(graph.shared.tolist(), graph.locals.tolist(), strict=True)
+    states = [State(shared, tuple(local)) for shared, local in rows]
+    number = {state: place for place, state in enumerate(states)}
+    moves = tuple(tuple(_moves(machine, state, machine.events(state), number)) for state in states)
+    return Board(machine, tuple(states), moves, graph.bad, graph.depth)
 
 
 def kind_of(event: Event) -> str:
@@ -289,10 +272,6 @@ def kind_of(event: Event) -> str:
     if verb == "cmpxchg":
         return "failed" if " fails on " in event.text else "succeeded"
     return {"takes": "locks", "releases": "unlocks"}.get(verb, "step")
-
-
-def _label(machine: Machine, vcpu: int, state: State) -> str:
-    return machine.actors[vcpu].locals[state.locals[vcpu]].label
 
 
 def _moves(machine: Machine, state: State, events: list[Event], number: dict[State, int]) -> list[Move]:

@@ -71,7 +71,7 @@ class DirectMMU:
         sptes: the 4K sptes ``# (index,)``.
         rights: what the CPU may do with each page ``# (index,)``, be it through a 4K or a 2M spte.
         mmio: the generation of each MMIO spte ``# (index,)``, -1 where there is none.
-        blocks: the 2M entries ``# (block,)``: 0, :data:`TABLE`, or a large spte.
+        blocks: the 2M entries ``# (block,)``: 0, ``TABLE``, or a large spte.
     """
 
     def __init__(self, memory: GuestMemory, kernel: Kernel) -> None:
@@ -159,16 +159,17 @@ class DirectMMU:
         mine = (op[denied] != 0) & (word & (self.bits.mmu_w | self.bits.w) == self.bits.mmu_w)
         if self.kernel.policy == "none" or not mine.any():
             return 0, denied
-        page, word = (page, word) if mine.all() else (page[mine], word[mine])
+        if mine.all():
+            left = denied[:0]
+        else:
+            page, word, left, denied = page[mine], word[mine], denied[~mine], denied[mine]
+        here = np.arange(page.size, dtype=np.uint64)
+        self.sptes[page] = here  # lent to find one touch of each page: an array of its own would miss the cache again
+        first = np.flatnonzero(self.sptes.take(page) == here)
         self.sptes[page] = word | self.bits.w
         self.rights[page] |= CAN_WRITE
-        if self._lead.size < self.memory.size:
-            self._lead = np.zeros(self.memory.size, dtype=np.int64)
-        here = np.arange(page.size, dtype=np.int64)
-        self._lead[page] = here
-        first = self._lead.take(page) == here  # one of the touches of each page
-        self.on_dirty(here[first], slot[denied][mine][first], page[first])
-        return int(first.sum()), denied[~mine]
+        self.on_dirty(first, slot[denied[first]], page[first])
+        return first.size, left
 
     def may_fault(self, touches: Touches) -> Bools:
         """The same, and those that are let through now but lie in a huge page, which may go with all it maps."""
@@ -384,7 +385,9 @@ class DirectMMU:
         fill = np.zeros(at.shape, dtype=np.bool)
         alive = ~logged & ~readonly
         for start in range(PREFETCH):
-            opens = empty[:, start] & alive & (empty[:, start - 1] == False if start else True)  # noqa: E712
+            opens = alive & empty[:, start]  # a run begins here
+            if start:
+                opens &= ~empty[:, start - 1]
             if not opens.any():
                 continue
             run = np.logical_and.accumulate(empty[:, start:], axis=1) & opens[:, None]
@@ -463,9 +466,10 @@ class DirectMMU:
     def protect(self, index: Index) -> None:
         """Write-protect 4K pages for the dirty log: only W goes, so that the fast path may bring it back."""
         self._closed.clear()
-        self.sptes[index] &= ~self.bits.w
-        small = self.sptes[index] != 0
-        self.rights[index[small]] &= ~CAN_WRITE
+        word = self.sptes.take(index) & ~self.bits.w
+        self.sptes[index] = word
+        small = word != 0
+        self.rights[index if small.all() else index[small]] &= ~CAN_WRITE
 
     def log_cleared(self, slot: Slot, index: Index) -> None:
         """KVM_CLEAR_DIRTY_LOG found these pages dirty: huge pages left alone until now (initially-all-set) are split.

@@ -212,12 +212,13 @@ class Explainer:
             elif isinstance(event, Memslot):
                 begin, end = self._span(event.ns, event.ns_end)
                 old = slots.get(event.slot)
-                pages = np.arange(event.gpa // PAGE, (event.gpa + (event.size or (old.size if old else 0))) // PAGE)
+                size = event.size or (old.size if old else 0)
+                pages = np.arange(event.gpa // PAGE, (event.gpa + size) // PAGE, dtype=np.int64)
                 started = event.flags & 1 and old is not None and not old.flags & 1
                 if not event.size and not exact:
-                    add(pages.astype(np.int64), begin, end, ABSENT)
+                    add(pages, begin, end, ABSENT)
                 elif started and not exact and not (manual and initially_set):
-                    add(pages.astype(np.int64), begin, end, READ_ONLY)
+                    add(pages, begin, end, READ_ONLY)
                 slots[event.slot] = event
             elif isinstance(event, DirtyGet | DirtyClear) and event.slot in slots:
                 begin, end = self._span(event.ns, event.ns_end)
@@ -264,11 +265,11 @@ class Explainer:
         gva, op = np.concatenate([run.gva for run in runs]), np.concatenate([run.op for run in runs])
         page = self._gfn(gva, translated=True)
         target = gva if self.shadow else page.astype(np.uint64) << np.uint64(12) | (gva & np.uint64(0xFFF))
-        first = np.cumsum([0, *map(len, runs)])
-        spans = [self._span(run.ns, run.ns_end) for run in runs]
+        first = np.cumsum([0, *map(len, runs)], dtype=np.int64)
+        starts, ends = np.array([self._span(run.ns, run.ns_end) for run in runs], dtype=np.int64).T  # (run,) lines
         lines = seen.line[self.keep[rows]]
-        which = np.searchsorted(np.array([begin for begin, _ in spans]), lines, side="left") - 1
-        inside = (which >= 0) & (lines <= np.array([end for _, end in spans])[np.maximum(which, 0)])
+        which = np.searchsorted(starts, lines, side="left") - 1
+        inside = (which >= 0) & (lines <= ends[np.maximum(which, 0)])
         which = np.maximum(which, 0)
         place, found = self._lay(target, seen.address[self.keep[rows]], first[which], first[which + 1])
         code = seen.code[self.keep[rows]]
@@ -287,8 +288,7 @@ class Explainer:
         bounded = step < good.size
         follower = good[np.minimum(step, max(good.size - 1, 0))] if good.size else np.zeros(gva.size, dtype=np.int64)
         same = bounded & (which[follower] == run_of) if good.size else np.zeros(gva.size, dtype=np.bool)
-        begin = np.array([b for b, _ in spans])[run_of]
-        finish = np.array([e for _, e in spans])[run_of]
+        begin, finish = starts[run_of], ends[run_of]
         earlier = np.zeros(gva.size, dtype=np.int64)
         if good.size:
             leader = good[np.maximum(step - 1, 0)]
@@ -317,7 +317,7 @@ class Explainer:
     @staticmethod
     def _lay(target: NDArray[np.uint64], address: NDArray[np.uint64], begin: Ints, end: Ints) -> tuple[Ints, Bools]:
         """The access that each fault is for, never falling; and whether there is one  # (fault,)."""
-        order = np.lexsort((np.arange(target.size), target))
+        order = np.argsort(target, kind="stable")
         names, start = np.unique(target[order], return_index=True)
         name = np.minimum(np.searchsorted(names, address), max(names.size - 1, 0))
         known = names[name] == address if names.size else np.zeros(address.size, dtype=np.bool)
@@ -351,7 +351,7 @@ class Explainer:
     def _faults(self, order: Ints) -> list[Verdict]:
         seen, keep = self.seen, self.keep
         line, code = seen.line[keep], seen.code[keep]
-        pid = self._pid(np.arange(keep.size))
+        pid = self._pid(np.arange(keep.size, dtype=np.int64))
         a, b = self._previous(pid, line, self._entry_key), self._previous(pid, line)
         present, write = code & np.uint64(1) != 0, code & np.uint64(2) != 0
         wanted = np.where(present, READ_ONLY, ABSENT).astype(np.int64)
@@ -465,6 +465,8 @@ class Explainer:
         legal |= slow & own & (said == "INVALID")
         legal |= slow & ~own & (said == "FIXED") & mapped
         legal |= slow & ~own & (said == "SPURIOUS") & np.where(store, rw, rw | ro)
+        unmaps = np.sort(self.t["kvm_unmap_hva_range"]["line"].astype(np.int64))
+        other |= np.searchsorted(unmaps, line) > np.searchsorted(unmaps, begin)
         legal |= slow & ~own & (said == "RETRY") & ~mapped & other
         for row in range(len(rows)):
             reason = "" if legal[row] else "it does not go together with the fault's events"

@@ -9,15 +9,16 @@ in which of several identical vCPUs is which.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mmu.hashset import HashSet
 from mmu.machine import OVERFLOW, TSO, Event, Local, Machine
-from mmu.program import DONE, OOPS, Program, ProgramError, expression
+from mmu.program import DONE, OOPS, Expression, Program, ProgramError, expression
 from mmu.quotient import Quotient
 from mmu.space import MAX_BYTES, OutOfRoom, Space
 
@@ -69,14 +70,18 @@ class States(Mapping[str, Any]):
         program = self.machine.program
         self._paths = list(dict.fromkeys(itertools.chain(*program.actors)))
 
-    def each(self, vcpu: int, value: Callable[[Local], int | bool]) -> NDArray[Any]:
+    def each(self, vcpu: int, value: Callable[[Local], int]) -> NDArray[np.int64]:
         """A value of one vCPU's local state, in every state."""
-        return np.array([value(local) for local in self.machine.actors[vcpu].locals])[self._locals[vcpu]]
+        values = [value(local) for local in self.machine.actors[vcpu].locals]
+        return np.array(values, dtype=np.int64)[self._locals[vcpu]]
+
+    def all(self, vcpus: Iterable[int], test: Callable[[Local], bool]) -> NDArray[np.bool_]:
+        """Where the local states of all these vCPUs pass a test."""
+        return np.logical_and.reduce([self.each(vcpu, test) != 0 for vcpu in vcpus])
 
     def at(self, label: str) -> NDArray[np.bool_]:
         """Where some vCPU's next step has this label."""
-        vcpus = range(len(self.machine.actors))
-        return np.logical_or.reduce([self.each(vcpu, lambda local: local.label == label) for vcpu in vcpus])
+        return ~self.all(range(len(self.machine.actors)), lambda local: local.label != label)
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         actors = self.machine.program.actors
@@ -86,12 +91,10 @@ class States(Mapping[str, Any]):
         if name == OOPS:
             return self.at(OOPS)
         if name == "drained":
-            return np.logical_and.reduce(
-                [self.each(vcpu, lambda local: not local.buffer) for vcpu in range(len(actors))]
-            )
+            return self.all(range(len(actors)), lambda local: not local.buffer)
         if name.startswith("done(") and name[5:-1] in self._paths:
             runners = [vcpu for vcpu, paths in enumerate(actors) if name[5:-1] in paths]
-            return np.logical_and.reduce([self.each(vcpu, lambda local: local.label == DONE) for vcpu in runners])
+            return self.all(runners, lambda local: local.label == DONE)
         vcpu, colon, of_local = name.partition(":")
         if colon and vcpu.isdigit() and int(vcpu) < len(actors):
             return self.each(int(vcpu), lambda local: dict(local.values).get(of_local, 0))
@@ -107,11 +110,13 @@ class States(Mapping[str, Any]):
 Judge = Callable[[Space | Quotient, Any], NDArray[np.bool_]]
 
 
-def _judge(machine: Machine, bad: str | Predicate | None) -> Judge:
+def _judge(machine: Machine, space: Space | Quotient, bad: str | Predicate | None) -> Judge:
     """A function that tells which states of a frontier break the invariant."""
     if callable(bad):
         return lambda space, frontier: np.asarray(bad(States(space, frontier)), dtype=np.bool_)
     test = machine.program.oops if bad is None else expression(bad)
+    if isinstance(space, Quotient):
+        _refuse_telling_apart(space, test)
     ends = any(local.label == OOPS for actor in machine.actors for local in actor.locals)
     if test.names <= set(machine.place) and not ends:  # judged once for each value of the shared words
         shared = machine.unpack(np.arange(1 << machine.shared_bits, dtype=np.int32))
@@ -123,6 +128,16 @@ def _judge(machine: Machine, bad: str | Predicate | None) -> Judge:
         return np.asarray(test.value(states), dtype=np.bool_) | (states[OOPS] if ends else np.False_)
 
     return judge
+
+
+def _refuse_telling_apart(space: Quotient, test: Expression) -> None:
+    """Modulo symmetry an invariant may ask whether a mark is there, but not whose it is."""
+    shared = space.machine.unpack(np.arange(1 << space.machine.shared_bits, dtype=np.int32))
+    others = sorted(test.names - set(shared))
+    for values in itertools.product((False, True), repeat=len(others)):
+        verdict = np.asarray(test.value({**shared, **dict(zip(others, values, strict=True))}), dtype=np.bool_)
+        if space.tells_apart(np.broadcast_to(verdict, 1 << space.machine.shared_bits)):
+            raise ProgramError(f"{test.text!r} tells vCPUs apart by their marks; search without symmetry")
 
 
 def explore(
@@ -150,8 +165,8 @@ def explore(
         progress: called with the result so far after each level.
 
     Raises:
-        ProgramError: a field is too small for a value that a reachable step stores, ``bad`` cannot be read, or the
-            vCPUs are too many to search modulo symmetry.
+        ProgramError: a field is too small for a value that a reachable step stores, or ``bad`` cannot be read; modulo
+            symmetry also where the invariant tells vCPUs apart, or those that remember each other's marks are too many.
 
     >>> from mmu.protocols import one_shot
     >>> result = explore(one_shot(3), "SC")
@@ -162,8 +177,8 @@ def explore(
     bad_depth = None
     try:
         machine = result.machine = Machine(program, memory)
-        judge = _judge(machine, bad)
         space = (Quotient if canonical else Space)(machine, max_bytes)
+        judge = _judge(machine, space, bad)
         frontier, depth = space.begin(), 0
         while frontier.shape[-1]:
             result.states += frontier.shape[-1]
@@ -187,11 +202,14 @@ def explore(
         elif bad_depth is None:
             result.verdict = SAFE
     except KeyboardInterrupt:
-        result.stopped = "interrupted"
+        result.complete, result.stopped = False, "interrupted"
     except (OutOfRoom, MemoryError) as error:
         result.stopped = str(error) or "out of memory"
-    if bad_depth is not None:
-        result.counterexample = _shortest(space, judge, bad_depth)
+    try:
+        if bad_depth is not None:
+            result.counterexample = _shortest(space, judge, bad_depth)
+    except KeyboardInterrupt:
+        result.complete, result.stopped = False, "interrupted"
     return result
 
 
@@ -222,7 +240,8 @@ def state_graph(program: Program, memory: str = TSO, max_bytes: int = MAX_BYTES)
     (738, 1793, 18)
     """
     machine = Machine(program, memory)
-    space, judge = Space(machine, max_bytes), _judge(machine, None)
+    space = Space(machine, max_bytes)
+    judge = _judge(machine, space, None)
     levels = [space.begin()]
     while levels[-1].size:
         levels.append(space.advance(levels[-1])[0])
@@ -230,7 +249,7 @@ def state_graph(program: Program, memory: str = TSO, max_bytes: int = MAX_BYTES)
     while levels[-1].size:
         levels.append(space.advance(levels[-1])[0])
     keys = np.concatenate(levels)
-    edges = space.edges(keys)
+    moves = space.moves(keys)
     order = np.argsort(keys)
     depth = np.repeat(np.arange(len(levels), dtype=np.int32), [len(level) for level in levels])
     return Graph(
@@ -239,10 +258,10 @@ def state_graph(program: Program, memory: str = TSO, max_bytes: int = MAX_BYTES)
         np.stack(space.locals(keys), axis=1).astype(np.int32),
         depth,
         judge(space, keys),
-        edges["source"],
-        order[np.searchsorted(keys, edges["target"], sorter=order)].astype(np.int64),
-        edges["actor"],
-        edges["move"],
+        moves["source"],
+        order[np.searchsorted(keys, moves["target"], sorter=order)].astype(np.int64),
+        moves["actor"],
+        moves["move"],
     )
 
 
@@ -254,17 +273,21 @@ def _shortest(space: Space | Quotient, judge: Judge, depth: int) -> list[Event]:
     levels = [space.begin()]
     for _ in range(depth):
         levels.append(space.advance(levels[-1])[0])
-    targets = space.codes(levels[-1])[judge(space, levels[-1])]
-    leading = [set(targets.tolist())]
+    leading = [_members(space, levels[-1][..., judge(space, levels[-1])])]
     for level in reversed(levels[:-1]):
-        edges = space.edges(level)
-        sources = np.unique(edges["source"][np.isin(edges["target"], targets)])
-        targets = space.codes(level)[sources]
-        leading.append(set(targets.tolist()))
+        source, target = space.edges(level)
+        leading.append(_members(space, level[..., np.unique(source[leading[-1].has(target)])]))
     events: list[Event] = []
     state = space.machine.start
     for goals in reversed(leading[:-1]):
-        event = next(event for event in space.machine.events(state) if space.key(event.target) in goals)
+        event = next(event for event in space.machine.events(state) if goals.has(space.code(event.target))[0])
         events.append(event)
         state = event.target
     return events
+
+
+def _members(space: Space | Quotient, frontier: Any) -> HashSet:
+    codes = space.codes(frontier)
+    members = HashSet(codes.shape[1])
+    members.add(codes)
+    return members

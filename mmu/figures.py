@@ -53,8 +53,8 @@ def codes(rule: str = pfec.LINUX_61_AD) -> Picture:
             axes.text(column + 0.5, row + 0.36, f"{code:#04x}", family=_MONO, **middle)
             axes.text(column + 0.5, row + 0.70, style["sign"], size=9, **middle)
         columns = ["|".join(n for n in "PWU" if pfec.PFEC.field(c, n)) or "none" for c in range(8)]
-        axes.set_xticks(np.arange(8) + 0.5, columns)
-        axes.set_yticks(np.arange(4) + 0.5, ["no F, no RSVD", "RSVD", "F", "F|RSVD"])
+        axes.set_xticks(np.arange(8, dtype=np.int64) + 0.5, columns)
+        axes.set_yticks(np.arange(4, dtype=np.int64) + 0.5, ["no F, no RSVD", "RSVD", "F", "F|RSVD"])
         axes.set(xlim=(0, 8), ylim=(4, 0))
         axes.xaxis.tick_top()
         axes.tick_params(length=0)
@@ -142,8 +142,8 @@ def transitions(layout: str = "6.1-npt") -> Picture:
         bits = ["".join(map(str, three)) for three in _LEGAL]
         short = [names[0], *bits]
         long = [names[0], *(f"{name}\n{three}" for name, three in zip(names[1:], bits, strict=True))]
-        axes.set_xticks(np.arange(5) + 0.5, [f"to {three}" for three in short])
-        axes.set_yticks(np.arange(5) + 0.5, [label.replace(": ", ":\n") for label in long], size=9)
+        axes.set_xticks(np.arange(5, dtype=np.int64) + 0.5, [f"to {three}" for three in short])
+        axes.set_yticks(np.arange(5, dtype=np.int64) + 0.5, [label.replace(": ", ":\n") for label in long], size=9)
         axes.set(xlim=(0, 5), ylim=(5, 0))
         axes.xaxis.tick_top()
         axes.tick_params(length=0)

@@ -103,7 +103,7 @@ class Kernel:
 
 
 class Touches(NamedTuple):
-    """Touches of guest-physical memory in order: all arrays ``# (touch,)``, see :meth:`DirectMMU.settle`."""
+    """Touches of guest-physical memory in order: all arrays ``# (touch,)``, see ``DirectMMU.settle``."""
 
     order: Index  # ascending; equal only for touches that cannot both fault
     access: Index

@@ -27,8 +27,8 @@ class Rule:
         name: the rule, as a finding quotes it.
         source: the kernel's function, or what else is known to say so.
         needs: words that say on what it depends. ``layout``: sptes are decoded. ``history``: what went before counts,
-            so a loss of events in between excuses. ``since``: likewise, and however often it fails. ``order``:
-            likewise, of one task. ``seldom``: who breaks it often has a kernel that the rule does not know.
+            so a loss of events in between excuses. ``since``: likewise, however often it fails. ``order``: likewise,
+            of one task. ``seldom``: a trace that breaks the rule often has a kernel that the rule does not know.
     """
 
     name: str

@@ -12,7 +12,7 @@ that the client filled a page with is input that the scenario does not state; th
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ from mmu.scenario import (
 from mmu.slots import Slot
 from mmu.vm import CR0, CR3, FETCH, VCPU, Guest, stream
 
-CAP_MANUAL_DIRTY_LOG_PROTECT2, CAP_DIRTY_LOG_RING = 168, 192
+CAP_MANUAL_DIRTY_LOG_PROTECT2, CAP_DIRTY_LOG_RING, CAP_DIRTY_LOG_RING_ACQ_REL = 168, 192, 223
 RING_ENTRY = 16  # bytes
 
 CODE = 0x1080  # the client's loop in the guest
@@ -112,17 +112,23 @@ def kernel_of(scene: Scenario) -> Kernel:
     )
 
 
-def predict(scene: Scenario) -> Prediction:
-    """Play a whole scenario; vCPUs' runs go one after the other, in the order in which they began."""
-    return Player(scene).play()
+def predict(scene: Scenario, policy: str = "") -> Prediction:
+    """Play a whole scenario; vCPUs' runs go one after the other, in the order in which they began.
+
+    Args:
+        scene: what the client did.
+        policy: one of :data:`mmu.kernel.POLICIES`, to play it on a kernel that never was; empty: the recorded one's.
+    """
+    return Player(scene, policy).play()
 
 
 class Player:
     """Plays a scenario's events, one method for each kind."""
 
-    def __init__(self, scene: Scenario) -> None:
+    def __init__(self, scene: Scenario, policy: str = "") -> None:
         self.scene = scene
-        self.out = Prediction(kernel_of(scene))
+        recorded = kernel_of(scene)
+        self.out = Prediction(replace(recorded, policy=policy) if policy else recorded)
         self.guest = Guest(self.out.kernel)
         self.backings: dict[int, Backing] = {}  # by host address
         self.faults: list[NDArray[np.void]] = [self.out.faults]
@@ -161,9 +167,12 @@ class Player:
         if slot and (slot.base, slot.pages) == (base, pages):
             self.guest.set_flags(slot, event.flags)
             return
+        if slot:
+            self.guest.remove_slot(slot)  # moved: KVM deletes it first
         if event.hva not in self.backings:
             huge = event.hva in self.huge
-            backing = Backing(pages, huge=huge and event.hva % (512 * PAGE) == 0, content=True)
+            most = max(other.size for other in self.scene.of(Memslot) if other.hva == event.hva) // PAGE
+            backing = Backing(most, huge=huge and event.hva % (512 * PAGE) == 0, content=True)
             self.backings[event.hva] = backing
             said = "prefaulted" in event.backing and "not prefaulted" not in event.backing
             if said or huge or self.fills.called(base, pages):
@@ -190,7 +199,7 @@ class Player:
         memory = self.guest.memory
         if event.cap == CAP_MANUAL_DIRTY_LOG_PROTECT2:
             memory.manual, memory.initially_set = bool(event.arg0 & 1), bool(event.arg0 & 2)
-        elif event.cap == CAP_DIRTY_LOG_RING:
+        elif event.cap in (CAP_DIRTY_LOG_RING, CAP_DIRTY_LOG_RING_ACQ_REL):
             memory.ring_size = event.arg0 // RING_ENTRY
         else:
             self.out.unexplained.append(f"capability {event.cap}")
@@ -216,6 +225,10 @@ class Player:
 
     def run(self, run: Run, _: int) -> None:
         """One run's accesses, with the client's own fetches among them."""
+        if run.vcpu not in self.guest.vcpus:
+            raise ValueError(
+                f"vCPU {run.vcpu} runs ({run.phase}) before its registers are set; expected a vcpu event first"
+            )
         self.runs += 1
         count = len(run)
         paged = self.guest.vcpus[run.vcpu].format is not None

@@ -161,7 +161,7 @@ fault:
     F2  smp_mb
     F3  if wp: done
     F4  cmpxchg spte: (w=0, id=me) -> (w=1, id=0)
-    A   cmpxchg spte: (w=1) -> (tlb=1)
+    A   cmpxchg spte: (w=1) -> (tlb=1)      # the guest's store goes through, if hardware finds W
 
 protect:
     W0  take lock
@@ -182,7 +182,7 @@ word lock
 fault:
     F0  old = spte; if old.w or not old.mmu: A
     F1  cmpxchg spte: (mmu=1, w=0) -> (mmu=1, w=1)
-    A   cmpxchg spte: (w=1) -> (tlb=1)
+    A   cmpxchg spte: (w=1) -> (tlb=1)      # the guest's store goes through, if hardware finds W
 
 protect:
     P0  take lock

@@ -140,7 +140,7 @@ class GuestMemory:
         return next((slot for slot in self.slots if slot.number == number), None)
 
     def locate(self, gfn: Index) -> tuple[NDArray[np.int16], Index]:
-        """The slot's position (or :data:`HOLE`) and the index of each gfn; a hole gets its index at first use."""
+        """The slot's position (or ``HOLE``) and the index of each gfn; a hole gets its index at first use."""
         where = np.full(gfn.shape, HOLE, dtype=np.int16)
         index = np.empty(gfn.shape, dtype=np.int64)
         for position, slot in enumerate(self.slots):

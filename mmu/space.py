@@ -12,10 +12,13 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from mmu.hashset import HashSet
 from mmu.machine import Actor, Machine, State
 
 MAX_BYTES = 1 << 30
 MAX_JOINT = 1 << 26
+SMALL = 1 << 14  # rows of a half that are looked up all at once rather than as they are met
+SMALL_KEYS = 1 << 18  # keys that get a byte each rather than row by row
 CHUNK = 1 << 13  # frontier states at a time: what they lead to still fits a second-level cache
 
 Keys = NDArray[np.int64]
@@ -48,6 +51,7 @@ class _Half:
         self.number[0] = 0
         self.codes = np.zeros(1, dtype=np.int64)  # (number,)
         self.bits = 0  # room for 2**bits joint states
+        self.whole = False  # whether every row was met
         none = np.zeros(0, dtype=np.int64)
         self.edges = {name: none for name in ("state", "shared", "to_state", "to_shared", "actor", "move")}
         self.change = none  # (edge,)
@@ -71,10 +75,11 @@ class _Half:
 
     def meet(self, rows: Keys) -> None:
         """Look up the moves of rows that are met for the first time, numbering the joint states they lead to."""
-        rows = np.unique(rows)
+        rows = _distinct(rows)
         state, shared = self.split(rows)
         codes = self.codes[state]
-        source, to_code, to_shared, who, which = ([np.zeros(0, dtype=np.int64)] for _ in range(5))
+        source = [np.zeros(0, dtype=np.intp)]
+        to_code, to_shared, who, which = ([np.zeros(0, dtype=np.int64)] for _ in range(4))
         for vcpu, actor, stride, local in zip(
             self.vcpus, self.actors, self.strides, self.locals_of(state), strict=True
         ):
@@ -88,7 +93,7 @@ class _Half:
                 which.append(np.full(can.size, move, dtype=np.int64))
         order = np.argsort(at := np.concatenate(source), kind="stable")
         at, code = at[order], np.concatenate(to_code)[order]
-        new = np.unique(code[self.number[code] < 0])
+        new = _distinct(code[self.number[code] < 0])
         self.number[new] = np.arange(len(self.codes), len(self.codes) + len(new), dtype=np.int32)
         self.codes = np.concatenate([self.codes, new])
         count = np.bincount(at, minlength=len(rows))
@@ -128,8 +133,16 @@ class _Half:
         there, here = self.row(edges["to_state"], edges["to_shared"]), self.row(edges["state"], edges["shared"])
         self.change = (there - here) * unit
 
-    def alone(self, shared: int) -> None:
-        """Meet every row that these actors reach by themselves: most of what they will ever need, in one go."""
+    def prepare(self, shared: int) -> None:
+        """Meet every row there can be, or when they are many, those that these actors reach by themselves."""
+        if len(self.number) << self.shared_bits <= SMALL:
+            self.codes = np.arange(len(self.number), dtype=np.int64)
+            self.number = self.codes.astype(np.int32)
+            self.make_room()
+            rows = np.arange(len(self.number) << self.shared_bits, dtype=np.int64)
+            self.meet(self.row(rows >> self.shared_bits, rows & (1 << self.shared_bits) - 1))
+            self.whole = True
+            return
         rows = self.row(np.zeros(1, dtype=np.int64), np.full(1, shared, dtype=np.int64))
         while rows.size:
             known = len(self.edges["state"])
@@ -143,23 +156,26 @@ class Space:
     """Every state of a machine, each a key of 64 bits: joint state of the first half, shared words, of the second half.
 
     One byte a state tells whether it was seen. The bytes lie row by row; a row is what the first half and the shared
-    words are, numbered when first met, so what excludes each other (two vCPUs holding the lock) takes no room.
+    words are, numbered when first met, so what excludes each other (two vCPUs holding the lock) takes no room. When the
+    bytes outgrow their bound, which they do before the states do, a hash set of keys takes their place.
     """
 
     _NOWHERE = np.int64(1) << np.int64(62)
 
     def __init__(self, machine: Machine, max_bytes: int = MAX_BYTES) -> None:
-        self.machine, self.max_bytes = machine, max_bytes
+        self.machine, self.max_bytes, self.max_map = machine, max_bytes, max_bytes
         vcpus = len(machine.actors)
         # the second half takes the odd actor: a row is then as long, and rows as few, as can be
         self.high = _Half(machine, range(vcpus // 2), ends_key=False)
         self.low = _Half(machine, range(vcpus // 2, vcpus), ends_key=True)
         for half in (self.high, self.low):
-            half.alone(machine.start.shared)
+            half.prepare(machine.start.shared)
+        self.whole = self.high.whole and self.low.whole
         self._lay_out()
 
     def _lay_out(self) -> None:
         """Place the parts of a key; forget what was seen."""
+        self.hash: HashSet | None = None
         self.low_bits = self.low.bits
         self.low_mask = (1 << self.low_bits) - 1
         self.row_mask = (1 << self.low_bits + self.machine.shared_bits) - 1
@@ -168,6 +184,10 @@ class Space:
         self.rows = 0
         self.base = np.full(1 << self.high.bits + self.machine.shared_bits, self._NOWHERE, dtype=np.int64)  # (row,)
         self.seen = np.zeros(0, dtype=np.uint8)  # (place,)
+        if self.whole and len(self.base) << self.low_bits <= SMALL_KEYS:
+            self.base[:] = 0  # a key's place is the key itself
+            self.rows = len(self.base)
+            self._reserve(self.rows << self.low_bits)
 
     def begin(self) -> Keys:
         """Forget what was seen, and return the start as a frontier."""
@@ -179,7 +199,7 @@ class Space:
         rows = keys >> self.low_bits
         base = self.base[rows]
         if base.max(initial=0) == self._NOWHERE:
-            new = np.unique(rows[base == self._NOWHERE])
+            new = _distinct(rows[base == self._NOWHERE])
             self.base[new] = (np.arange(self.rows, self.rows + len(new), dtype=np.int64) - new) << self.low_bits
             self.rows += len(new)
             self._reserve(self.rows << self.low_bits)
@@ -187,12 +207,31 @@ class Space:
         return (base + keys).astype(np.intp, copy=False)
 
     def _reserve(self, need: int) -> None:
-        """Room for this many seen-bytes, and some to spare."""
-        if need > self.max_bytes:
-            raise OutOfRoom(f"{need} bytes to mark the states seen are more than the {self.max_bytes} allowed")
-        if need > len(self.seen):
-            room = min(need + (need >> 2 if need > 1 << 24 else need), self.max_bytes)
+        """Room for this many seen-bytes, and some to spare; where there is none, a hash set takes over."""
+        if need > self.max_map:
+            known = self._known()
+            self.seen = np.zeros(0, dtype=np.uint8)
+            self._hash(known)
+        elif need > len(self.seen):
+            room = min(need + (need >> 2 if need > 1 << 24 else need), self.max_map)
             self.seen.resize(room, refcheck=False)  # in place, where a copy would take the bytes twice
+
+    def _known(self) -> Keys:
+        """Every key whose byte is set."""
+        rows = np.flatnonzero(self.base != self._NOWHERE)
+        of_number = np.zeros(self.rows, dtype=np.int64)
+        of_number[(self.base[rows] >> self.low_bits) + rows] = rows
+        length = 1 << self.low_bits
+        found = [np.zeros(0, dtype=np.int64)]
+        for at in range(0, len(self.seen), MAX_JOINT):
+            places = np.flatnonzero(self.seen[at : at + MAX_JOINT]).astype(np.int64) + at
+            found.append(of_number[places >> self.low_bits] << self.low_bits | places & length - 1)
+        return np.concatenate(found)
+
+    def _hash(self, known: Keys) -> None:
+        """Keep what was seen in a hash set, which takes more bytes a state but none for states that are not there."""
+        self.hash = HashSet(words=1)
+        self.hash.add(self.codes(known))
 
     def _fresh(self, keys: Keys) -> Keys:
         """The keys not seen before, each once; they are marked as seen.
@@ -200,7 +239,12 @@ class Space:
         A key that stands twice must count once. All its copies write into one byte and one of them prevails; a byte has
         255 tags for 65,025 copies at most, so a second round with a second tag tells those apart that shared the first.
         """
-        places = self._places(keys)
+        if self.hash is None:
+            places = self._places(keys)
+        if self.hash is not None:
+            if self.hash.bytes_for(len(keys)) > self.max_bytes:
+                raise OutOfRoom(f"{self.hash.size} states and more do not fit into {self.max_bytes} bytes")
+            return keys[self.hash.add(self.codes(keys))]
         pick = np.flatnonzero(self.seen[places] == 0)
         places, keys = places[pick], keys[pick]
         tag = _TAG[: len(keys)]
@@ -225,21 +269,22 @@ class Space:
         return self._widen(frontier)
 
     def _widen(self, frontier: Keys) -> Keys:
+        """Give the halves the room that they need; keys of the frontier, and of what was seen, change with it."""
         old = self.low_bits
-        if self.high.make_room():
+        if self.high.make_room() and self.hash is None:
             base = np.full(1 << self.high.bits + self.machine.shared_bits, self._NOWHERE, dtype=np.int64)
             base[: len(self.base)] = self.base
             self.base = base
-        if self.low.make_room():  # every row becomes longer: lay the seen-bytes out anew
-            seen = self.seen[: self.rows << old].reshape(-1, 1 << old)
-            known = np.flatnonzero(self.base != self._NOWHERE)
-            number = (self.base[known] >> old) + known
+        if self.low.make_room():
+            known = self._known() if self.hash is None else self.hash.words[0, : self.hash.size].astype(np.int64)
+            hashed = self.hash is not None
             self._lay_out()
-            self.rows = len(seen)
-            self.base[known] = (number - known) << self.low_bits
-            self._reserve(self.rows << self.low_bits)
-            self.seen[: self.rows << self.low_bits].reshape(self.rows, -1)[:, : 1 << old] = seen
-            frontier = frontier >> old << self.low_bits | frontier & (1 << old) - 1
+            frontier, known = (keys >> old << self.low_bits | keys & (1 << old) - 1 for keys in (frontier, known))
+            if hashed:
+                self._hash(known)
+            else:
+                for at in range(0, len(known), len(_TAG)):
+                    self._fresh(known[at : at + len(_TAG)])
         return frontier
 
     def _moves(self, half: _Half, keys: Keys) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
@@ -253,7 +298,8 @@ class Space:
 
     def advance(self, frontier: Keys) -> tuple[Keys, int]:
         """The states first reached one move after these, and how many moves there are."""
-        frontier = self._meet(frontier)
+        if not self.whole:
+            frontier = self._meet(frontier)
         frontier.sort()  # neighbours share rows, and the bytes of a row lie together
         transitions, fresh = 0, []
         for at in range(0, len(frontier), CHUNK):
@@ -266,7 +312,7 @@ class Space:
                 fresh += [self._fresh(there[part : part + len(_TAG)]) for part in range(0, len(there), len(_TAG))]
         return np.concatenate(fresh) if fresh else frontier[:0], transitions
 
-    def edges(self, frontier: Keys) -> dict[str, Keys]:
+    def moves(self, frontier: Keys) -> dict[str, Keys]:
         """Every move of these states: ``source`` (position in the frontier), ``target`` (key), ``actor``, ``move``."""
         parts = []
         for half in (self.high, self.low):
@@ -277,6 +323,11 @@ class Space:
         columns = (np.concatenate(column) for column in zip(*parts, strict=True))
         return dict(zip(("source", "target", "actor", "move"), columns, strict=True))
 
+    def edges(self, frontier: Keys) -> tuple[Keys, NDArray[np.uint64]]:
+        """The moves of these states: which of the frontier it is a move of, and the code of the state it leads to."""
+        moves = self.moves(frontier)
+        return moves["source"], self.codes(moves["target"])
+
     def shared(self, keys: Keys) -> Keys:
         """The shared words of each state, as one number."""
         return keys >> self.low_bits & (1 << self.machine.shared_bits) - 1
@@ -286,23 +337,30 @@ class Space:
         high = self.high.locals_of(keys >> self.low_bits + self.machine.shared_bits)
         return high + self.low.locals_of(keys & self.low_mask)
 
-    def codes(self, keys: Keys) -> Keys:
-        """One number for each state: its key."""
-        return keys
+    def codes(self, keys: Keys) -> NDArray[np.uint64]:
+        """The number of each state as a row of one word: its key."""
+        return keys.astype(np.uint64)[:, None]
 
-    def key(self, state: State) -> int:
-        """The key of one state, -1 when the search has not met its parts."""
+    def code(self, state: State) -> NDArray[np.uint64]:
+        """The code of one state; that of no state when the search has not met its parts."""
         numbers = []
         for half in (self.high, self.low):
             code = sum(state.locals[vcpu] * stride for vcpu, stride in zip(half.vcpus, half.strides, strict=True))
             numbers.append(int(half.number[code]))
         if min(numbers) < 0:
-            return -1
-        return (numbers[0] << self.machine.shared_bits | state.shared) << self.low_bits | numbers[1]
+            return np.full((1, 1), ~np.uint64(0), dtype=np.uint64)
+        key = (numbers[0] << self.machine.shared_bits | state.shared) << self.low_bits | numbers[1]
+        return np.full((1, 1), key, dtype=np.uint64)
 
     def full_count(self, keys: Keys) -> int:
         """How many states of the full space these stand for: here, themselves."""
         return len(keys)
+
+
+def _distinct(values: Keys) -> Keys:
+    """The different values, in order; np.unique takes several times as long on short arrays."""
+    values = np.sort(values)
+    return values[np.append(True, values[1:] != values[:-1])[: len(values)]]
 
 
 _TAG = (np.arange(255 * 255, dtype=np.int64) % 255 + 1).astype(np.uint8)  # (position,)

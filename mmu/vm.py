@@ -33,7 +33,7 @@ READ, WRITE, INCREMENT, FETCH, INVLPG, CR3, CR0 = np.arange(7, dtype=np.uint8)
 CR0_WP, CR4_SMEP, CR4_SMAP = 1 << 16, 1 << 20, 1 << 21
 EFER_LMA, EFER_NXE = 1 << 10, 1 << 11
 MAXPHYADDR = 40  # of the emulated CPU under the recorded guests
-BLOCK = 1 << 15  # accesses of an unpaged guest that are looked at together: their arrays stay in the CPU's cache
+BLOCK = 1 << 16  # accesses of an unpaged guest that are looked at together: their arrays stay in the CPU's cache
 WINDOW = 1 << 12  # accesses of a paged guest that are walked at once, up to the next ordering point
 
 
@@ -195,7 +195,13 @@ class Guest:
     # Running ---------------------------------------------------------------------------------------------------------
 
     def run(self, vcpu: int, accesses: Stream, device: list[int] | None = None) -> Result:
-        """Let a vCPU make accesses; ``device`` holds what reads of MMIO addresses get, in order."""
+        """Let a vCPU make accesses; ``device`` holds what reads of MMIO addresses get, in order.
+
+        Raises:
+            ValueError: there is no such vCPU.
+        """
+        if vcpu not in self.vcpus:
+            raise ValueError(f"vCPU {vcpu} does not exist; expected one of {sorted(self.vcpus)}")
         cpu = self.vcpus[vcpu]
         count = accesses.gva.size
         result = Result(
@@ -251,24 +257,25 @@ class Guest:
         for piece in accesses:
             if piece.op.size and piece.op.max() > FETCH:
                 raise ValueError(f"op is {int(piece.op.max())}; drive takes 0 to {int(FETCH)} only, use run")
-            slot = self._only_slot(piece.gva)
+            slot, huge = self._only_slot(piece.gva), direct.has_huge
             for start in range(0, piece.gva.size, BLOCK):
                 if slot is not None and not direct.closed(slot):
                     break  # every page of the one slot is open for everything: no access can fault any more
                 part = piece.take(slice(start, start + BLOCK))
-                gfn = (part.gva >> np.uint64(12)).view(np.int64)
+                index = (part.gva >> np.uint64(12)).view(np.int64)
                 if slot is None:
-                    position, index = memory.locate(gfn)
+                    position, index = memory.locate(index)
+                    direct.grow()  # a hole met for the first time has an index of its own now
                 else:
-                    position, index = np.zeros(gfn.shape, dtype=np.int16), gfn + (slot.first - slot.base)
-                    position[:] = memory.slots.index(slot)
-                allowed = direct.rights.take(index, mode="clip")  # (access,)
+                    index += slot.first - slot.base
+                allowed = direct.rights.take(index)  # (access,)
                 np.right_shift(allowed, part.op, out=allowed)
                 np.bitwise_and(allowed, np.uint8(1), out=allowed)
-                huge = direct.has_huge
-                if allowed.all() and not huge:
+                if not huge and allowed.view(np.bool).all():
                     continue
-                left = np.arange(gfn.size, dtype=np.int64) if huge else np.flatnonzero(allowed == 0)
+                if slot is not None:
+                    position = np.full(index.shape, memory.slots.index(slot), dtype=np.int16)
+                left = np.arange(index.size, dtype=np.int64) if huge else np.flatnonzero(allowed == 0)
                 if not keep and not huge:
                     fixed, left = direct.repair(position, index, part.op, left)
                     counts[FAST_FIXED] += fixed

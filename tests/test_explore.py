@@ -3,20 +3,25 @@
 import gzip
 import itertools
 import json
+import math
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmu import space
 from mmu.__main__ import main
 from mmu.explore import States, explore
-from mmu.machine import Machine
+from mmu.machine import Machine, State
 from mmu.program import Program, ProgramError
 from mmu.protocols import MODELS, ZAP_JUNK, looping, one_shot, program
 from mmu.quotient import network
-from mmu.space import Space
 from tests import interpreter
 
 COUNTS = json.loads(gzip.decompress((Path(__file__).parent / "data" / "state-counts.json.gz").read_bytes()))
@@ -162,16 +167,13 @@ def test_equal_to_the_plain_interpreter(model, variant, memory):
         assert (small.full_states, small.depth, small.lines()) == (states, depth, found.lines())
 
 
-STEPS = (
-    """
+STEPS = """
 if a.x: {label} | if b: {label} | t = a; if t.y: {label} | t = a | u = b | a.x = 1 | a.y = 0 | a = (x=1, y=1) | b = 1
-b = 0 | smp_mb | wait b | wait not a.x | xchg b: 1 | t = xchg a: (x=0) | cmpxchg a: (x=0, y=1) -> (x=1, y=0) else {label}
-cmpxchg b: 0 -> 1 | take c | release c | mark b = 0 | a.y = u | m.id = me | cmpxchg m: (id=0) -> (id=me) | m.id = q
-if m.id == me: {label} | q = m.id; if q > 1: {label} | cmpxchg m: (id=q) -> (id=me) else {label} | xchg m: (id=0)
-""".strip()
-    .replace("\n", " | ")
-    .split(" | ")
-)
+b = 0 | smp_mb | wait b | wait not a.x | xchg b: 1 | t = xchg a: (x=0) | cmpxchg b: 0 -> 1 | take c | release c
+cmpxchg a: (x=0, y=1) -> (x=1, y=0) else {label} | mark b = 0 | a.y = u | m.id = me | cmpxchg m: (id=0) -> (id=me)
+if m.id == me: {label} | q = m.id; if q > 1: {label} | m.id = q | cmpxchg m: (id=q) -> (id=me) else {label}
+xchg m: (id=0)"""
+STEPS = [step.strip() for step in STEPS.replace("\n", "|").split("|") if step.strip()]
 
 
 @st.composite
@@ -195,10 +197,17 @@ def programs(draw):
 
 
 @settings(max_examples=150, deadline=None)
-@given(programs(), st.sampled_from(["SC", "TSO"]))
-def test_random_programs(drawn, memory):
-    """Any program of the language has the same states, transitions, depth and verdict in plain Python."""
-    text, actors, forever, marks = drawn
+@given(programs(), st.sampled_from(["SC", "TSO"]), st.sampled_from([0, space.SMALL]))
+def test_random_programs(drawn, memory, small):
+    """Any program of the language has the same states, transitions, depth and verdict in plain Python.
+
+    The search looks everything up beforehand or, as in large programs, only when it is met.
+    """
+    with mock.patch.object(space, "SMALL", small):
+        same_as_plain(*drawn, memory)
+
+
+def same_as_plain(text, actors, forever, marks, memory):
     try:
         here = Program(text, actors, forever=forever, marks=marks)
     except ProgramError:  # a local that no step reads first
@@ -316,31 +325,45 @@ def test_marks_of_others_remembered():
         explore(looping(7, "cmpxchg-id"), "SC", canonical=True)
 
 
-def test_a_half_that_grows():
+STEPS_UP = "".join(f"    G{k}  a = {k}\n" for k in range(1, 9))
+LOOKING = ("".join(f"    L{v}_{k}  wait a >= {k}\n" for k in range(1, 9)) for v in (0, 1))
+GROWING = Program(
+    f"word a(9)\ngo:\n    G0  smp_mb\n{STEPS_UP}" + "".join(f"look{v}:\n{steps}" for v, steps in enumerate(LOOKING)),
+    [["go"], ["look0"], ["look1"], ["look0"]],
+)
+
+
+def test_a_half_that_grows(monkeypatch):
     """Joint states that a half cannot reach by itself are met later, and widen every key on the way."""
-    first = "word a(9)\ngo:\n    G0  smp_mb\n" + "".join(f"    G{k}  a = {k}\n" for k in range(1, 9))
-    second = "".join(f"look{v}:\n" + "".join(f"    L{v}_{k}  wait a >= {k}\n" for k in range(1, 9)) for v in (0, 1))
-    here = Program(first + second, [["go"], ["look0"], ["look1"]])
+    monkeypatch.setattr(space, "SMALL", 0)
     for memory in ("SC", "TSO"):
-        states, transitions, depth, _, _ = interpreter.search(here, memory)
-        found = explore(here, memory)
+        states, transitions, depth, _, _ = interpreter.search(GROWING, memory)
+        found = explore(GROWING, memory)
         assert (found.states, found.transitions, found.depth) == (states, transitions, depth)
 
 
 def test_every_edge():
     """The edges of a frontier are the moves of its states, one by one."""
     machine = Machine(looping(2), "TSO")
-    space = Space(machine)
-    frontier = space.begin()
-    while frontier.size:
-        edges = space.edges(space._meet(frontier))
-        columns = space.locals(frontier)
-        for at in range(0, len(frontier), 7):
-            state = type(machine.start)(int(space.shared(frontier)[at]), tuple(int(column[at]) for column in columns))
-            assert space.key(state) == frontier[at]
-            targets = sorted(edges["target"][edges["source"] == at].tolist())
-            assert targets == sorted(space.key(event.target) for event in machine.events(state))
-        frontier, _ = space.advance(frontier)
+    every = space.Space(machine)
+    levels = [every.begin()]
+    while levels[-1].size:
+        levels.append(every.advance(levels[-1])[0])
+    keys = np.concatenate(levels)
+    source, target = every.edges(keys)
+    columns = every.locals(keys)
+    for at in range(0, len(keys), 7):
+        state = State(int(every.shared(keys)[at]), tuple(int(column[at]) for column in columns))
+        assert every.code(state).tolist() == [[keys[at]]]
+        after = [every.code(event.target).item() for event in machine.events(state)]
+        assert sorted(target[source == at, 0].tolist()) == sorted(after)
+
+
+def test_more_vcpus_than_a_word_holds():
+    """States of two dozen identical vCPUs take several words, and their classes hold more states than 64 bits count."""
+    text = "word x\np:\n    A  x = 1\n    B  smp_mb\n    C  if x: done\n"
+    result = explore(Program(text, [["p"]] * 24), "SC", canonical=True)
+    assert (result.states, result.full_states) == (math.comb(27, 3), 4**24)
 
 
 @pytest.mark.parametrize("size", range(9))
@@ -376,7 +399,7 @@ def test_values_that_do_not_fit():
 
 def test_bounds_leave_a_partial_result():
     """A bound on states or bytes stops the search with what it knows, and never with a verdict of safe."""
-    for bound in ({"max_states": 5000}, {"max_bytes": 100_000}):
+    for bound in ({"max_states": 5000}, {"max_bytes": 300_000}):
         for canonical in (False, True):
             partial = explore(looping(5), "TSO", canonical=canonical, **bound)
             assert (partial.complete, partial.verdict) == (False, "unknown")
@@ -384,6 +407,25 @@ def test_bounds_leave_a_partial_result():
     early = explore(looping(4, "shared-id"), "SC", max_states=10_000)
     assert (early.complete, early.verdict, len(early.lines())) == (False, "OOPS", 13)
     assert explore(looping(40), "TSO").stopped.startswith("20 actors have")
+
+
+@pytest.mark.parametrize("small", [0, space.SMALL])
+def test_a_hash_set_takes_over(monkeypatch, small):
+    """When the seen-bytes outgrow their bound a hash set takes over in mid-search, and all counts stay the same."""
+    monkeypatch.setattr(space, "SMALL", small)
+    for here in (looping(4), one_shot(5, "shared-id"), GROWING):
+        machine, counts = Machine(here, "TSO"), []
+        for share in (None, 3):
+            every = space.Space(machine)
+            every.max_map = len(counts[0][2]) // share if share else every.max_map
+            frontier, states, transitions = every.begin(), 0, 0
+            while frontier.size:
+                states += len(frontier)
+                frontier, moves = every.advance(frontier)
+                transitions += moves
+            counts.append((states, transitions, every.seen, every.hash is not None))
+        assert counts[0][:2] == counts[1][:2]
+        assert [hashed for *_, hashed in counts] == [False, True]
 
 
 def test_an_interrupt_leaves_a_partial_result():
@@ -411,8 +453,8 @@ def test_json_on_the_command_line(capsys):
     code, out, err = run(capsys, "--variant", "shared-id", "--memory", "SC", "--vcpus", "3", "--json")
     record = json.loads(out)
     assert (code, err) == (0, "")
-    keys = "model variant memory vcpus canonical states full_states transitions depth verdict counterexample seconds complete"
-    assert set(keys.split()) <= set(record)
+    keys = "model variant memory vcpus canonical states full_states transitions depth verdict"
+    assert {*keys.split(), "counterexample", "seconds", "complete"} <= set(record)
     assert (record["verdict"], record["states"], record["transitions"], record["complete"]) == ("OOPS", 380, 876, True)
     assert len(record["counterexample"]) == 13
     assert record["counterexample"][11] == {
@@ -443,7 +485,7 @@ def test_text_on_the_command_line(capsys):
         (["--model", "zap", "--variant", "no-mb"], "means nothing for the model zap"),
         (["--model", "nothing"], "there is no model 'nothing'"),
         (["--vcpus", "1"], "it takes 2 at least"),
-        (["--model", "looping", "--vcpus", "40", "--canonical"], "do not fit 63 bits"),
+        (["--model", "looping", "--variant", "cmpxchg-id", "--vcpus", "7", "--canonical"], "5040 permutations"),
     ],
 )
 def test_unusable_on_the_command_line(capsys, arguments, message):
@@ -460,3 +502,32 @@ def test_stopped_on_the_command_line(capsys):
     assert "unknown" in out and "so far" in out and "partial: more than 1000 states" in out
     code, out, _ = run(capsys, "--model", "looping", "--vcpus", "4", "--max-states", "1000", "--json")
     assert (code, json.loads(out)["complete"], json.loads(out)["verdict"]) == (3, False, "unknown")
+
+
+def test_ctrl_c_on_the_command_line():
+    """Ctrl-C ends a long search with exit code 3 and one JSON object with what was found by then."""
+    command = [sys.executable, "-m", "mmu", "explore", "--model", "looping", "--vcpus", "8", "--json"]
+    root = Path(__file__).parents[1]
+    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as search:
+        assert "states" in search.stderr.read(30)  # the progress line, which comes after a second
+        search.send_signal(signal.SIGINT)
+        out, _ = search.communicate(timeout=60)
+    record = json.loads(out)
+    assert (search.returncode, record["complete"], record["verdict"]) == (3, False, "unknown")
+    assert (record["stopped"], record["states"] > 0) == ("interrupted", True)
+
+
+def test_programs_that_tell_vcpus_apart():
+    """Comparing a mark with a number, or using one as a number, leaves no two vCPUs identical; the sum stays exact."""
+    numbers = [
+        "word m: id(vcpu)\nword n(4)\np:\n    A  m.id = me\n    B  q = m.id; if q > 1: D\n    C  n = 1\n    D  n = 2\n",
+        "word n(4)\np:\n    A  n = me\n    B  if n == 2: done\n    C  smp_mb\n",
+        "word m: id(vcpu) = 2\np:\n    A  if m.id == me: done\n    B  m.id = me\n",
+        "word m: id(vcpu)\np:\n    A  m.id = 2\n    B  if m.id == me: done\n    C  smp_mb\n",
+    ]
+    for text, memory in itertools.product(numbers, ("SC", "TSO")):
+        here = Program(text, [["p"]] * 3)
+        small, full = explore(here, memory, canonical=True), explore(here, memory)
+        assert small.full_states == full.states
+    with pytest.raises(ProgramError, match="tells vCPUs apart"):
+        explore(looping(2), "SC", canonical=True, bad="spte.id == 2")

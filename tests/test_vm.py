@@ -364,6 +364,17 @@ def test_drive_is_run_without_the_values(switches: dict[str, object]) -> None:
         assert logs[0] == logs[1] == logs[2]
 
 
+def test_drive_meets_holes() -> None:
+    """Driven or run, an access where no slot is leaves to user space, though all pages of the slot are open."""
+    machines = [guest(8, backing=Backing(8)) for _ in range(2)]
+    gfn = np.array([*range(RAM, RAM + 8), RAM + 0x800, RAM + 0x900, RAM + 0x800], dtype=np.uint64)
+    for pages in (gfn[:8], gfn):
+        accesses = stream(WRITE, pages << np.uint64(12))
+        ran = np.bincount(machines[0].run(0, accesses).faults["path"], minlength=len(PATHS))
+        assert machines[1].drive(0, [accesses]).counts.tolist() == ran.tolist()
+    assert ran[kernel.MMIO] == 3
+
+
 def test_drive_refuses_what_it_cannot_do() -> None:
     """Guests that keep bytes are for run, and so are control operations."""
     with pytest.raises(ValueError, match="use run"):
@@ -406,6 +417,8 @@ def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="a backing has 0 pages"):
         Backing(0)
     machine = guest()
+    with pytest.raises(ValueError, match=r"vCPU 3 does not exist; expected one of \[0\]"):
+        machine.run(3, stream([READ], [0]))
     with pytest.raises(ValueError, match=r"slot 2 at gfn 0x1020 overlaps slot 1"):
         machine.add_slot(2, 0x1020, 4)
     with pytest.raises(ValueError, match="slot 3 has 9 pages; its backing has 8"):

@@ -32,13 +32,13 @@ class Cpu(ctypes.Structure):
     _fields_ = (("reserved", ctypes.c_uint64), ("wp", ctypes.c_int), ("smep", ctypes.c_int), ("smap", ctypes.c_int))
 
 
-def compiled(*flags: str) -> ctypes.CDLL | None:
-    """The C side, compiled with gcc and some flags; None without gcc."""
+def compiled(*flags: str, beside: str = __file__) -> ctypes.CDLL | None:
+    """The C side of the module ``beside``, compiled with gcc and some flags; None without gcc."""
     if not shutil.which("gcc"):
         return None
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "walk.so"
-        source = Path(__file__).with_suffix(".c")
+        source = Path(beside).with_suffix(".c")
         subprocess.run(["gcc", *flags, "-shared", "-fPIC", "-o", library, source], check=True)
         return ctypes.CDLL(str(library))
 

@@ -12,6 +12,7 @@ from playwright.sync_api import expect
 from mmu import protocols
 from mmu.board import board
 from mmu.program import Program, edit
+from mmu.today import RACES
 from mmu.widgets import IdFieldPlayer
 
 from .conftest import SITE
@@ -36,6 +37,7 @@ PLAN = edit(
     protocols.SEED_2012,
     {"F1": None, "F2": None, "F4": "cmpxchg spte: (w=0) -> (w=1)", "W3": "if not spte.w: W5", "W4": "xchg spte: (w=0)"},
 ).replace("w, id(vcpu)", "w")
+W_ONLY = edit(RACES["two-bits"].text, {"P2": "old = spte; if not old.w: P4"})
 THREE = [["fault"], ["protect"], ["fault"]]
 THEN = (
     protocols.SEED_2012
@@ -52,6 +54,8 @@ protect_then_fault:
 """
 )
 WON = {  # name: page, program, memory
+    "free-under": ("05-walk-and-free", protocols.program("walk-none", "seed", 2), "SC"),
+    "walk-no-mb": ("05-walk-and-free", protocols.program("walk-mode", "no-fault-mb", 2), "TSO"),
     "flags-tso": ("06-store-buffers", Program(FLAGS, [["left"], ["right"]]), "TSO"),
     "no-fault-mb": ("06-store-buffers", protocols.program("one-shot", "no-fault-mb", 2), "TSO"),
     "no-id": ("07-cmpxchg", Program(PLAN, [["fault"], ["protect"]]), "SC"),
@@ -62,12 +66,18 @@ WON = {  # name: page, program, memory
     "two-suffice": ("09-unique-ids", Program(THEN, [["fault"], ["protect_then_fault"]], marks=[1, 1]), "SC"),
     "gfn-aba": ("09-unique-ids", protocols.program("gfn-aba", "seed", 2), "SC"),
     "wrapped": ("10-what-ids-cost", protocols.program("one-shot", "wrapped-id", 3), "SC"),
+    "two-bits-w-only": ("12-what-became", Program(W_ONLY, [["fault"], ["protect"]]), "SC"),
+    "gfn-merged": ("12-what-became", protocols.program("gfn-aba", "merged", 2), "SC"),
+    "lost-dirty": ("12-what-became", RACES["lost-dirty"].program(), "SC"),
+    "late-flush": ("12-what-became", RACES["late-flush"].program(), "SC"),
 }
 NEVER = {
+    "walk-mode": ("05-walk-and-free", protocols.program("walk-mode", "seed", 3), "TSO"),
     "flags-sc": ("06-store-buffers", Program(FLAGS, [["left"], ["right"]]), "SC"),
     "seed": ("08-identification", protocols.program("one-shot", "seed", 3), "TSO"),
     "unique-id": ("09-unique-ids", Program(protocols.SEED_2012, THREE), "SC"),
     "merged": ("10-what-ids-cost", protocols.program("merged", "seed", 2), "TSO"),
+    "two-bits": ("12-what-became", RACES["two-bits"].program(), "TSO"),
 }
 DRAIN = "qwe"
 

@@ -46,7 +46,9 @@
       }),
       { rootMargin: "800px" });
     all().forEach((twin) => near.observe(twin));
-    if (location.hash.includes("=")) all().forEach(mount); // a link into a player
+    const follow = () => { if (location.hash.includes("=")) all().forEach(mount); }; // a link into a player
+    addEventListener("hashchange", follow);
+    follow();
     addEventListener("beforeprint", () => all().forEach(mount));
   };
   if (document.readyState === "loading") addEventListener("DOMContentLoaded", start);

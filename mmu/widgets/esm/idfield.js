@@ -22,7 +22,7 @@ function render({ model, el }) {
       cell.lastChild.textContent = own ? (cells[bit] ? "×" : "i") : cells[bit] ? cells[bit][0] : "·";
     });
     spoken.textContent = `${sign} ${said}`;
-    undo.disabled = !state.depth;
+    grey(undo, !state.depth);
   };
   const state = history(key(...start), draw);
   const button = (text, by, wider, label) => h("button", { type: "button", "aria-label": label, onclick: () => move(by, wider) }, text);

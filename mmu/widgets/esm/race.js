@@ -63,9 +63,11 @@ function render({ model, el }) {
   const now = () => at ? line[at - 1].to : 0;
   const won = () => line.slice(0, at).some((move) => broken(move.to)) || broken(0);
   const refused = (actor, drain) => {
-    const { buffer, end } = local(actor, now());
+    const { buffer, end, next } = local(actor, now());
     if (drain) return `The store buffer of vCPU ${actor} is empty.`;
     if (end) return `vCPU ${actor} is done.`;
+    const waits = /  wait (.+)/.exec(next)?.[1];
+    if (waits) return `vCPU ${actor} waits until this holds: ${waits}.`;
     return buffer.length ? `vCPU ${actor} must wait until its store buffer is empty: drain it.` : `vCPU ${actor} waits for the lock.`;
   };
   const act = (actor, drain) => {
@@ -196,7 +198,7 @@ function render({ model, el }) {
 
   el.classList.add("mmu-race");
   el.append(
-    h("p", { class: "mmu-title" }, h("strong", {}, game.title), ` · ${game.memory}, ${many(shared.length, "state")}. OOPS when `, h("code", {}, game.invariant)),
+    h("p", { class: "mmu-title" }, h("strong", {}, game.title), ` · ${game.memory}, ${many(shared.length, "state")}. OOPS when `, game.invariant === "0" ? game.broken : h("code", {}, game.invariant)),
     wordBox, h("div", { class: "mmu-actors" }, cards.map(({ card }) => card)), spoken, lanes,
     h("div", { class: "mmu-controls" }, undo, forward, again, stepBack, best, all, link,
       h("span", { class: "mmu-keys" }, `Click or Tab here, then: ${actors.map((_, a) => a).join(" ")} step that vCPU`

@@ -38,7 +38,7 @@ function render({ model, el }) {
     word.textContent = hex(table, now.word);
     means.textContent = meaning;
     spoken.textContent = `${now.said < 0 ? "" : sentences[now.said] + " Now "}${hex(table, now.word)}: ${name}; the CPU ${sentences[table.cpu[now.word]]}.`;
-    undo.disabled = !state.depth;
+    grey(undo, !state.depth);
   };
   const state = history(key({ kind: 0, word: tables[0].start, said: -1 }), draw);
 

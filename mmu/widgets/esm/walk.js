@@ -39,7 +39,7 @@ function render({ model, el }) {
     const kept = rights.filter((_, j) => rest[rest.length - 1] >> j & 1).join(" ") || "nothing";
     const answer = level ? " " + pointed[access][levels.indexOf(level)][bits >> (3 * (level - 1)) & 7] : "";
     spoken.textContent = `At the page: ${kept}; ${said[access][rest[rest.length - 1]]}.${answer}`;
-    undo.disabled = !state.depth;
+    grey(undo, !state.depth);
   };
   const state = history(ofCase(0), draw);
 

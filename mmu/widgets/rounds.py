@@ -1,0 +1,139 @@
+"""The player of dirty-log rounds: how often the log is read against the faults that come of it (chapter 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmu import pfec, rounds, spte
+from mmu.causes import CAUSES
+from mmu.kernel import PATHS
+from mmu.rounds import Rounds
+from mmu.widgets.player import Player
+
+INTERVALS = (32, 128, 512, 2048)
+SHARES = (0.1, 0.5, 1.0)
+EDITS = (0, 4)
+SHOWN = 6  # rounds
+MACHINES = ("NPT", "soft MMU")
+PATTERNS = ("hatched", "solid", "dashed", "outlined", "dotted", "thick")
+"""How the bars of one kind are drawn under the lock, in the order in which kinds are met there; green without it."""
+
+
+def _code(result: Rounds) -> list[str]:
+    return [pfec.PFEC.text(code) or "none" for code in pfec.handled(result.faults["code"]).tolist()]
+
+
+def _entry(result: Rounds) -> list[str]:
+    states = spte.classify(result.faults["old"], "6.1-npt", level=1)
+    return [spte.STATES[state] for state in states.tolist()]
+
+
+KINDS: Mapping[str, Callable[[Rounds], list[str]]] = {
+    "cause": lambda result: [CAUSES[cause] for cause in result.caused.cause.tolist()],
+    "code": _code,
+    "entry met": _entry,
+    "path": lambda result: [PATHS[path] for path in result.faults["path"].tolist()],
+}
+"""What faults can be sorted by: their cause, their error code, the spte that they met, what became of them."""
+
+
+def told(machine: str, result: Rounds) -> str:
+    """The sentence on one machine's run."""
+    count, fast = result.caused.cause.size, int(result.caused.fast.sum())
+    return (
+        f"{machine}: {count} faults in {result.dirty.size} rounds, {fast} repaired without the lock; "
+        f"the log named {int(result.dirty.sum())} pages, and {int(result.written.sum())} were written."
+    )
+
+
+def asked(interval: int, share: float, edits: int) -> str:
+    """The sentence on one setting."""
+    tables = f"edits {edits} of its page-table entries a round" if edits else "leaves its page tables alone"
+    return f"The log is read every {interval} accesses, {share:.0%} of them writes, and the guest {tables}."
+
+
+def _count(result: Rounds, kind: NDArray[np.int64], kinds: int) -> list[list[list[int]]]:
+    """For each round its ``[kind, repaired without the lock, faults]``, without those that have no fault."""
+    table = np.zeros((result.dirty.size, kinds, 2), dtype=np.int64)
+    np.add.at(table, (result.caused.epoch - 1, kind, result.caused.fast.astype(np.int64)), 1)
+    return [[[k, fast, int(row[k, fast])] for k, fast in np.argwhere(row).tolist()] for row in table]
+
+
+class RoundsPlayer(Player):
+    """Choose how often the dirty log is read and how much is written; see each round's faults on several machines.
+
+    Every setting is a run of the simulated guest, made here. Chapter 4; with other kinds in chapters 2, 3 and 8.
+
+    Args:
+        by: what faults are sorted by, a key of ``KINDS``.
+        machines: keys of ``mmu.rounds.MACHINES``.
+        intervals: accesses between two readings of the log.
+        shares: shares of writes, 0 to 1.
+        edits: page-table entries that the guest edits in a round.
+    """
+
+    module = "rounds"
+
+    def __init__(
+        self,
+        by: str = "cause",
+        machines: Sequence[str] = MACHINES,
+        intervals: Sequence[int] = INTERVALS,
+        shares: Sequence[float] = SHARES,
+        edits: Sequence[int] = EDITS,
+    ) -> None:
+        settings = [(interval, share, edit) for interval in intervals for share in shares for edit in edits]
+        runs = [
+            [rounds.run(name, interval, share, edits=edit, rounds=SHOWN) for name in machines]
+            for interval, share, edit in settings
+        ]
+        sorts = [[KINDS[by](result) for result in row] for row in runs]
+        kinds = list(dict.fromkeys(name for row in sorts for names in row for name in names))
+        number = {name: place for place, name in enumerate(kinds)}
+        shown = [
+            [
+                {
+                    "rounds": _count(result, np.array([number[name] for name in names], dtype=np.int64), len(kinds)),
+                    "dirty": result.dirty.tolist(),
+                    "written": result.written.tolist(),
+                    "told": told(machine, result),
+                }
+                for machine, result, names in zip(machines, row, sort, strict=True)
+            ]
+            for row, sort in zip(runs, sorts, strict=True)
+        ]
+        fast = sorted({kind for row in shown for machine in row for round in machine["rounds"]
+                       for kind, without, _ in round if without})  # fmt: skip
+        slow = sorted({kind for row in shown for machine in row for round in machine["rounds"]
+                       for kind, without, _ in round if not without})  # fmt: skip
+        super().__init__(
+            alt=f"{len(settings)} settings of how often the dirty log is read, how much is written and whether the "
+            f"guest edits its page tables; for each, the faults of {SHOWN} rounds by {by} on {len(machines)} "
+            f"machines ({', '.join(machines)}), and the pages that the log named.",
+            data={
+                "by": by,
+                "choices": [
+                    {"name": "accesses between two readings", "values": [str(interval) for interval in intervals]},
+                    {"name": "writes among them", "values": [f"{share:.0%}" for share in shares]},
+                    {"name": "table entries edited a round", "values": [str(edit) for edit in edits]},
+                ],
+                "kinds": [
+                    {
+                        "name": name,
+                        "pattern": PATTERNS[(slow.index(place) if place in slow else 0) % len(PATTERNS)],
+                        "fast": place in fast,
+                        "slow": place in slow,
+                    }
+                    for place, name in enumerate(kinds)
+                ],
+                "machines": list(machines),
+                "most": rounds.PAGES,
+                "runs": [
+                    {"asked": asked(*setting), "machines": row}
+                    for setting, row in zip(settings, shown, strict=True)
+                ],
+            },
+        )  # fmt: skip

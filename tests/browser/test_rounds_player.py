@@ -1,0 +1,65 @@
+"""The player of dirty-log rounds on the built page, by keyboard: what it says is what the simulated guest does."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from playwright.sync_api import expect
+
+from mmu import rounds
+from mmu.widgets.rounds import EDITS, INTERVALS, MACHINES, SHARES, SHOWN, asked, told
+
+PAGE = "book/04-why-w-goes.html"
+SIZES = (len(INTERVALS), len(SHARES), len(EDITS))
+START = (1, 1, 0)
+
+
+def moved(at, key):
+    """The setting after a key that changes one choice: the interval stops at its ends, the others go round."""
+    interval, share, edits = at
+    if key == "w":
+        return interval, (share + 1) % SIZES[1], edits
+    if key == "e":
+        return interval, share, (edits + 1) % SIZES[2]
+    step = 1 if key == "ArrowRight" else -1
+    return min(max(interval + step, 0), SIZES[0] - 1), share, edits
+
+
+@pytest.mark.parametrize("width", [1200, 390])
+def test_rounds_player(visit, width):
+    """After any keys the player tells and draws the run of the simulated guest with that setting."""
+    page = visit(width=width).open(PAGE)
+    player = page.locator('.mmu-player[data-player="rounds"]')
+    player.locator("button").first.focus()
+    at, past = START, []
+    keys = random.Random(4).choices(["ArrowRight", "ArrowLeft", "w", "e", "u", "r"], [4, 4, 3, 3, 3, 1], k=14)
+    for key in keys:
+        page.keyboard.press(key)
+        if key == "u":
+            at = past.pop() if past else at
+        elif key == "r":
+            at, past = START, []
+        elif moved(at, key) != at:
+            past.append(at)
+            at = moved(at, key)
+        interval, share, edits = INTERVALS[at[0]], SHARES[at[1]], EDITS[at[2]]
+        results = [rounds.run(name, interval, share, edits=edits, rounds=SHOWN) for name in MACHINES]
+        sentences = [told(name, result) for name, result in zip(MACHINES, results, strict=True)]
+        expect(player.locator(".mmu-state")).to_have_text(" ".join([asked(interval, share, edits), *sentences]))
+        for result, table in zip(results, player.locator("table").all(), strict=True):
+            faults = [int(text) for text in table.locator(".mmu-total").all_text_contents()]
+            assert faults == result.table().sum(axis=1).tolist()
+            assert [int(text) for text in table.locator("td:nth-child(3)").all_text_contents()] == result.dirty.tolist()
+        pressed = player.locator('.mmu-tabs button[aria-pressed="true"]').all_text_contents()
+        assert pressed == [str(interval), f"{share:.0%}", str(edits)]
+
+
+def test_rounds_player_by_mouse(visit):
+    """A click on a value chooses it, and Undo takes it back."""
+    page = visit().open(PAGE)
+    player = page.locator('.mmu-player[data-player="rounds"]')
+    player.get_by_role("button", name="2048").click()
+    expect(player.locator(".mmu-state")).to_contain_text("every 2048 accesses")
+    player.get_by_role("button", name="Undo").click()
+    expect(player.locator(".mmu-state")).to_contain_text(f"every {INTERVALS[START[0]]} accesses")
