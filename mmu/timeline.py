@@ -88,13 +88,10 @@ class Timeline:
         events, when = events[when >= 0], when[when >= 0]
         if not len(when):
             return
-        low, high = int(when.min()), int(when.max())
-        while low < self._origin:  # rare: an event out of order, or another clock
-            self._origin -= max(self._width, self._origin - low)
-            self._shift()
+        high = int(when.max())
         while (high - self._origin) // self._width >= 2 * BINS:
             self._join()
-        place = (when - self._origin) // self._width
+        place = np.maximum((when - self._origin) // self._width, 0)  # earlier than the first: another clock
         np.add.at(self._bins[name], place, events["count"])
         self._end = max(self._end, high)
 
@@ -102,15 +99,6 @@ class Timeline:
         self._width *= 2
         for name, bins in self._bins.items():
             self._bins[name] = np.concatenate([bins.reshape(-1, 2).sum(axis=1), np.zeros(BINS, dtype=np.int64)])
-
-    def _shift(self) -> None:
-        """The origin moved back by less than one picture: put what is there where it belongs now."""
-        total = {name: int(bins.sum()) for name, bins in self._bins.items()}
-        while (self._end - self._origin) // self._width >= 2 * BINS:
-            self._width *= 2
-        for name, bins in self._bins.items():
-            bins[:] = 0
-            bins[min((self._end - self._origin) // self._width, 2 * BINS - 1)] = total[name]
 
     # Rounds ----------------------------------------------------------------------------------------------------------
 

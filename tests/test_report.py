@@ -302,6 +302,16 @@ def test_where_a_piece_ends_does_not_change_what_is_over_time():
         assert tally.timeline.answer() == whole["over_time"] and tally.found() == whole["symptoms"]
 
 
+def test_recordings_one_behind_the_other_are_counted_too():
+    """Where time starts again, what is earlier than the first event stands in the first slice, and nothing is lost."""
+    text = b"".join(
+        gzip.decompress((DATA / "kvm-traces" / f"{name}.trace.gz").read_bytes())
+        for name in ("npt1_tdp1_H", "npt1_tdp1_C")
+    )
+    over = report.report(text)["over_time"]
+    assert sum(map(sum, over["causes"].values())) == 683 + 601
+
+
 def test_a_bar_is_drawn_for_long_files_on_terminals(monkeypatch, capsys):
     """Reading through a bar gives the bytes, and a terminal sees each hundredth once."""
     monkeypatch.setattr(progress, "LONG", 100)
