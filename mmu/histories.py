@@ -9,7 +9,7 @@ histories of the busiest sptes, :mod:`mmu.conform` holds every change against th
 ... fast_page_fault: vcpu 0 gva 1000008 error_code P|W|U sptep ffff888009988000 old 0x5712e65 new 5712e67 spurious 0 \
 fixed 1'''
 >>> found = Histories()
->>> found.add(trace.read(text))
+>>> _ = found.add(trace.read(text))
 >>> [change["changed"] for change in found.answer("6.1-npt")["sptes"][0]["history"]]
 ['W 1→0', 'W 0→1']
 
