@@ -362,7 +362,7 @@ class Chains:
     def _judge_places(self, piece: trace.Trace, rows: NDArray[Any]) -> None:
         """Entries of one table lie in one page, until the table is made anew; direct tables, whose gfns tell them."""
         sets = rows["restated"] & (rows["event"] != FAST) & (rows["at"] != _NO)
-        fast = (rows["event"] == FAST) & (rows["sptep"] >= np.uint64(1 << 63)) & np.bool_(self.names.offset is not None)
+        fast = (rows["event"] == FAST) & histories.unhashed(rows["sptep"]) & np.bool_(self.names.offset is not None)
         of = rows[sets | (fast & np.bool_(not self.names.spaces))]
         made = piece["kvm_mmu_get_page"]
         made = made[made["level"] > 0]

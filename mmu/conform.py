@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmu import chains, histories, infer, order, progress, spte, trace, values
+from mmu import chains, elements, exits, histories, infer, order, progress, spte, trace, values
 from mmu.histories import TDP
 from mmu.ledger import WINDOW, Ledger, Rule
 from mmu.symptoms import Symptoms
@@ -121,8 +121,12 @@ class Conformance:
         if self.form is not None and not self.old:
             self.chains = chains.Chains(self.ledger, self.form, self.names, fast_printed=signs["fast"] > 0)
         self.order = order.Order(
-            self.ledger, None if self.old else self.form, ept=self.ept, seen=infer.events_of(signs)
-        )
+            self.ledger, None if self.old else self.form, ept=self.ept, seen=infer.events_of(signs),
+            inner=signs["inner returned"] > 0, more=(elements.judge, exits.judge),
+        )  # fmt: skip
+        if self.ept:
+            for rule in elements.RULES:
+                self.ledger.excused[rule] = "with EPT walks may be of a guest's own EPT, whose bits are others"
         self.symptoms = Symptoms(self.ledger, ept=self.ept)
         self.events = 0
         self.lost: list[NDArray[Any]] = [np.zeros(0, dtype=WINDOW)]

@@ -13,7 +13,7 @@ Facts: Linux 6.1 ``x86.c``, ``svm/svm.c``, ``vmx/vmx.c``, ``mmu/mmu.c``, ``mmu/t
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -87,6 +87,7 @@ WALK_TOP = Rule(
     "a walk begins at the same level as those before and after it", f"{_WALKER}, walk_addr_generic", "order"
 )
 WALK_END = Rule("a walk ends at a leaf or in an error", f"{_WALKER}, walk_addr_generic", "order")
+ERROR_AFTER = Rule("an error of a walk stands behind the entry that refused it", f"{_WALKER}, walk_addr_generic", "order")
 WALK_FAULT = Rule("the guest's tables are walked for the access that faulted", f"{_WALKER}, page_fault", "order")
 INJECTED = Rule(
     "the #PF that is injected is the one that a walk found", f"{_RUN}, kvm_inject_emulated_page_fault", "order"
@@ -123,34 +124,42 @@ NEEDED = {  # events without which a rule says nothing; the kvm_ of their names 
 
 KINDS = (
     "ENTRY EXIT FAULT FAST RET FRET REQ CHANGE SET MARK CHECK HANDLE WALK ELEM WERR INJ ZAP PAGE USER NESTED EMUL "
-    "MATCH IO OTHER"
+    "MATCH IO ABIT DBIT UNSYNC SYNC SPLIT PUSH FULL NOTE OTHER"
 ).split()
 (
     ENTRY, EXIT, FAULT, FAST, RET, FRET, REQ, CHANGE, SET, MARK, CHECK, HANDLE, WALK, ELEM, WERR, INJ, ZAP, PAGE, USER,
-    NESTED, EMUL, MATCH, IO, OTHER,
+    NESTED, EMUL, MATCH, IO, ABIT, DBIT, UNSYNC, SYNC, SPLIT, PUSH, FULL, NOTE, OTHER,
 ) = range(len(KINDS))  # fmt: skip
 
-_COLUMNS = {  # event: kind, vcpu, a, b, c, sub
-    "kvm_entry": (ENTRY, "vcpu", "rip", None, None, None),
-    "kvm_exit": (EXIT, "vcpu", "info1", "info2", "rip", None),
-    "kvm_page_fault": (FAULT, "vcpu", "address", "error_code", "rip", None),
-    "fast_page_fault": (FAST, "vcpu", "gva", "error_code", None, "fixed"),
-    "kvm_mmu_spte_requested": (REQ, None, "gfn", "pfn", None, "level"),
-    "kvm_tdp_mmu_spte_changed": (CHANGE, None, "gfn", "new_spte", "old_spte", "level"),
-    "kvm_mmu_set_spte": (SET, None, "gfn", "spte", "sptep", "level"),
-    "mark_mmio_spte": (MARK, None, "gfn", "gen", None, None),
-    "check_mmio_spte": (CHECK, None, "spte", "spte_gen", None, "valid"),
-    "handle_mmio_page_fault": (HANDLE, None, "gfn", "access", None, None),
-    "kvm_mmu_pagetable_walk": (WALK, None, "addr", "pferr", None, None),
-    "kvm_mmu_paging_element": (ELEM, None, "pte", None, None, "level"),
-    "kvm_mmu_walker_error": (WERR, None, "pferr", None, None, None),
-    "kvm_inj_exception": (INJ, None, "error_code", None, None, "reinjected"),
-    "kvm_mmu_prepare_zap_page": (ZAP, None, "gfn", None, None, "level"),
-    "kvm_mmu_get_page": (PAGE, None, "gfn", None, None, "level"),
-    "kvm_userspace_exit": (USER, None, None, None, None, None),
-    "kvm_emulate_insn": (EMUL, None, "rip", None, None, None),
-    "vcpu_match_mmio": (MATCH, None, "gpa", None, None, None),
-    "kvm_mmio": (IO, None, "gpa", None, None, "kind"),
+_COLUMNS = {  # event: kind, vcpu, a, b, c, sub, d
+    "kvm_entry": (ENTRY, "vcpu", "rip", None, None, None, None),
+    "kvm_exit": (EXIT, "vcpu", "info1", "info2", "rip", None, "intr_info"),
+    "kvm_page_fault": (FAULT, "vcpu", "address", "error_code", "rip", None, None),
+    "fast_page_fault": (FAST, "vcpu", "gva", "error_code", None, "fixed", "sptep"),
+    "kvm_mmu_spte_requested": (REQ, None, "gfn", "pfn", None, "level", None),
+    "kvm_tdp_mmu_spte_changed": (CHANGE, None, "gfn", "new_spte", "old_spte", "level", "as_id"),
+    "kvm_mmu_set_spte": (SET, None, "gfn", "spte", "sptep", "level", None),
+    "mark_mmio_spte": (MARK, None, "gfn", "gen", "sptep", None, "access"),
+    "check_mmio_spte": (CHECK, None, "spte", "spte_gen", "kvm_gen", "valid", None),
+    "handle_mmio_page_fault": (HANDLE, None, "gfn", "access", "addr", None, None),
+    "kvm_mmu_pagetable_walk": (WALK, None, "addr", "pferr", None, None, None),
+    "kvm_mmu_paging_element": (ELEM, None, "pte", None, None, "level", None),
+    "kvm_mmu_walker_error": (WERR, None, "pferr", None, None, None, None),
+    "kvm_inj_exception": (INJ, None, "error_code", None, None, "reinjected", None),
+    "kvm_mmu_prepare_zap_page": (ZAP, None, "gfn", "unsync", None, "level", None),
+    "kvm_mmu_get_page": (PAGE, None, "gfn", "created", "direct", "level", "gpte_bytes"),
+    "kvm_mmu_unsync_page": (UNSYNC, None, "gfn", "unsync", "quadrant", "level", "gpte_bytes"),
+    "kvm_mmu_sync_page": (SYNC, None, "gfn", "unsync", "quadrant", "level", "gpte_bytes"),
+    "kvm_mmu_set_accessed_bit": (ABIT, None, "gpa", None, None, None, None),
+    "kvm_mmu_set_dirty_bit": (DBIT, None, "gpa", None, None, None, None),
+    "kvm_mmu_split_huge_page": (SPLIT, None, "gfn", "spte", "errno", "level", None),
+    "kvm_userspace_exit": (USER, None, "code", None, None, None, None),
+    "kvm_emulate_insn": (EMUL, None, "rip", None, None, None, None),
+    "vcpu_match_mmio": (MATCH, None, "gpa", "gva", "write", "gpa_match", None),
+    "kvm_mmio": (IO, None, "gpa", "len", "val", "kind", None),
+    "kvm_dirty_ring_push": (PUSH, "ring", "offset", "slot", None, None, None),
+    "kvm_dirty_ring_exit": (FULL, "vcpu", None, None, None, None, None),
+    "tracing_mark_write": (NOTE, None, None, None, None, None, None),
 }
 
 STEP = np.dtype(
@@ -164,9 +173,10 @@ STEP = np.dtype(
         ("a", np.uint64),
         ("b", np.uint64),
         ("c", np.uint64),
+        ("d", np.uint64),
     ]
 )
-"""One event of a task; what a, b, c and sub hold depends on the kind."""
+"""One event of a task; what a, b, c, d and sub hold depends on the kind."""
 
 _NO = np.uint64(MISSING)
 _REMEMBERED = 4096  # a task's events that are remembered from piece to piece
@@ -197,9 +207,9 @@ def steps(piece: trace.Trace, era: Any) -> NDArray[Any]:
         if name in _COLUMNS:
             kind, *columns = _COLUMNS[name]
             rows["kind"] = kind
-            for target, column in zip(("vcpu", "a", "b", "c", "sub"), columns, strict=True):
+            for target, column in zip(("vcpu", "a", "b", "c", "sub", "d"), columns, strict=True):
                 if column is not None:
-                    rows[target] = events[column]
+                    rows[target] = events[column].astype(rows.dtype[target])
         elif name.endswith("_page_fault_ret"):
             rows["kind"], rows["a"] = FRET if name.startswith("fast_") else RET, events["ret"].astype(np.uint64)
         elif name.startswith(("kvm_nested", "kvm_async_pf")):
@@ -219,9 +229,27 @@ def steps(piece: trace.Trace, era: Any) -> NDArray[Any]:
 
 
 class Order:
-    """The rules of order; :meth:`add` the steps of each piece. ``seen`` holds the names of the trace's events."""
+    """The rules of order; :meth:`add` the steps of each piece.
 
-    def __init__(self, ledger: Ledger, form: SpteLayout | None, *, ept: bool, seen: Collection[str]) -> None:
+    Args:
+        ledger: takes the findings.
+        form: the sptes' layout, None where it is not known.
+        ept: error codes are of a machine with EPT.
+        seen: the names of the trace's events.
+        inner: a probe on fast_page_fault itself is among them.
+        more: further rules, on the same steps.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        form: SpteLayout | None,
+        *,
+        ept: bool,
+        seen: Collection[str],
+        inner: bool = False,
+        more: Collection[Callable[[Order, Visit], None]] = (),
+    ) -> None:
         self.ledger, self.form, self.ept = ledger, form, ept
         for rule, events in NEEDED.items():
             missing = [name for name in events if not {name, f"kvm_{name}"} & set(seen)]
@@ -229,6 +257,12 @@ class Order:
                 named = [name if name[0] == "*" or name in trace.FORMATS else f"kvm_{name}" for name in missing]
                 ledger.excused[rule] = f"the trace has no {' or '.join(named)}"
         self.numbers = RETURN_NUMBERS["6.12" if form and form.name.startswith("6.12") else "6.1"]
+        self.seen, self.more = set(seen), tuple(more)
+        self.nested = any(name.startswith("kvm_nested") for name in seen)
+        self.foreign = ept  # walks may be of a guest's own EPT, whose bits are others
+        self.tdp_mmu = "kvm_tdp_mmu_spte_changed" in self.seen
+        self.inner = inner
+        self.split_by_nx = False  # large pages have been seen that must not be executed
         self._kept = np.zeros(0, dtype=STEP)
 
     def add(self, rows: NDArray[Any]) -> None:
@@ -237,8 +271,19 @@ class Order:
             return
         rows = np.concatenate([self._kept, rows])
         rows = rows[np.lexsort((rows["line"], rows["task"]))]
-        self._judge(_Visit(rows, self.ledger))
+        self.split_by_nx |= self._mitigated(rows)
+        self._judge(Visit(rows, self.ledger))
         self._keep(rows)
+
+    def _mitigated(self, rows: NDArray[Any]) -> bool:
+        """Whether a large leaf is not executable: then faults may set a smaller page than they requested."""
+        if self.form is None:
+            return True
+        large = rows["b"][(rows["kind"] == SET) & (rows["sub"] > 1)]
+        bits = self.form.bits
+        if self.form.ept:
+            return bool((large & np.uint64(bits.mask("X")) == 0).any())
+        return bool((large & np.uint64(bits.mask("NX")) != 0).any())
 
     def _keep(self, rows: NDArray[Any]) -> None:
         n = len(rows)
@@ -260,7 +305,7 @@ class Order:
 
     # The rules -------------------------------------------------------------------------------------------------------
 
-    def _judge(self, v: _Visit) -> None:
+    def _judge(self, v: Visit) -> None:
         self._entries(v)
         self._faults(v)
         self._fast(v)
@@ -269,8 +314,10 @@ class Order:
         self._tables(v)
         self._walks(v)
         self._mmio(v)
+        for judge in self.more:
+            judge(self, v)
 
-    def _entries(self, v: _Visit) -> None:
+    def _entries(self, v: Visit) -> None:
         last = v.before(ENTRY, EXIT)
         known = last >= 0
         entry, exit_ = v.kind == ENTRY, v.kind == EXIT
@@ -282,7 +329,7 @@ class Order:
         of &= (v.rows["vcpu"] >= 0) & (v.at("vcpu", last) >= 0)
         v.find(SAME_VCPU, of, v.rows["vcpu"] != v.at("vcpu", last), last)
 
-    def _faults(self, v: _Visit) -> None:
+    def _faults(self, v: Visit) -> None:
         last, fault = v.before(ENTRY, EXIT), v.before(FAULT)
         here = (v.kind == FAULT) & (last >= 0)
         exit_ = v.at("kind", last) == EXIT
@@ -307,7 +354,7 @@ class Order:
     def _code(self, code: NDArray[np.uint64]) -> NDArray[np.uint64]:
         return pfec.from_ept(code) if self.ept else code
 
-    def _fast(self, v: _Visit) -> None:
+    def _fast(self, v: Visit) -> None:
         last, fault, fast = v.before(ENTRY, EXIT), v.before(FAULT), v.before(FAST)
         here = (v.kind == FAST) & (last >= 0)
         code = self._code(v.at("b", fault))
@@ -322,7 +369,7 @@ class Order:
         emulated = (ret > fault) & (v.at("a", ret) == np.uint64(self.numbers["EMULATE"]))
         v.find(FAST_MISSING, closing & ~emulated, fast < fault, fault)
 
-    def _returns(self, v: _Visit) -> None:
+    def _returns(self, v: Visit) -> None:
         last, fault, ret, fast = v.before(ENTRY, EXIT), v.before(FAULT), v.before(RET), v.before(FAST)
         here = (v.kind == RET) & (last >= 0) & (v.before(NESTED) < last)
         v.find(RETURN_ONCE, here, (fault < last) | (ret > fault), np.where(ret > fault, ret, last))
@@ -365,7 +412,7 @@ class Order:
         asked &= v.at("b", fault) >> np.uint64(33) & np.uint64(1) == 0  # a guest's table is only unprotected
         v.find(EMULATED, asked, v.before(EMUL, USER) < ret, ret)
 
-    def _sets(self, v: _Visit) -> None:
+    def _sets(self, v: Visit) -> None:
         last, fault, request = v.before(ENTRY, EXIT), v.before(FAULT), v.before(REQ)
         within = (fault >= 0) & (fault > last) & (v.before(USER, WERR, NESTED) < fault)
         direct = v.before(WALK) < fault
@@ -442,7 +489,7 @@ class Order:
         other = (request < fault) | ~same
         v.find(CHANGE_REQUEST, there, other, np.where(request > fault, request, fault))
 
-    def _tables(self, v: _Visit) -> None:
+    def _tables(self, v: Visit) -> None:
         if self.form is None:
             return
         changes = v.kind == CHANGE
@@ -476,7 +523,9 @@ class Order:
         same &= slot[:-1] >> np.uint64(9) == slot[1:] >> np.uint64(9)
         empty = old[a] == NONE
         follows = slot[:-1] + np.uint64(1) == slot[1:]
-        begins = (slot[1:] & np.uint64(511) == 0) & (~empty | (slot[:-1] & np.uint64(511) == np.uint64(511)))
+        ended = slot[:-1] & np.uint64(511) == np.uint64(511)
+        begins = (slot[1:] & np.uint64(511) == 0) & (~empty | ended)
+        begins |= ended & (old[b] != NONE)  # another time, with the lock held alone: empty entries stay as they are
         empty, follows = empty | (old[b] == NONE), follows | begins
         of, wrong = np.zeros(len(v.kind), dtype=np.bool_), np.zeros(len(v.kind), dtype=np.bool_)
         of[b], wrong[b] = same & empty, ~follows
@@ -484,7 +533,7 @@ class Order:
         context[b] = a
         v.find(TABLE_ALL, of, wrong, context)
 
-    def _walks(self, v: _Visit) -> None:
+    def _walks(self, v: Visit) -> None:
         last = v.before(ENTRY, EXIT, FAULT, WALK, ELEM)
         first = v.before_where((v.kind == ELEM) & (v.at("kind", last) == WALK))
         kind, level, above = v.at("kind", last), v.rows["sub"], v.at("sub", last)
@@ -506,11 +555,13 @@ class Order:
         ended = (v.at("sub", behind) == 1) | (entry & np.uint64(1) == 0) | (entry & np.uint64(0x80) != 0)
         after = (behind >= 0) & (v.at("kind", behind) == ELEM) & ~np.isin(v.kind, (ELEM, OTHER))
         v.find(WALK_END, after, ~ended & (v.kind != WERR), behind)
+        v.find(ERROR_AFTER, (v.kind == WERR) & (behind >= 0), v.at("kind", behind) != ELEM, behind)
         fault = (behind >= 0) & (v.at("kind", behind) == FAULT) & (v.kind == WALK)
         exit_ = v.before(EXIT)
         code = v.at("b", behind)
         fault &= (v.at("sub", exit_) == EXCEPTION) & (code & _RSVD == 0)
-        to_unprotect = v.rows["b"] & ~np.uint64(4) == 0  # while an event is delivered: a read, by the CPL
+        delivers = (v.at("d", exit_) >> np.uint64(31) & np.uint64(1) != 0) | (v.at("d", exit_) == _NO)
+        to_unprotect = delivers & (v.rows["b"] & ~np.uint64(4) == 0)  # while an event is delivered: a read, by the CPL
         other = (v.rows["a"] != v.at("a", behind)) | ((v.rows["b"] != code) & ~to_unprotect)
         v.find(WALK_FAULT, fault, other, behind)
         last_fault, leaf = v.before(FAULT), v.before(ELEM)
@@ -521,7 +572,7 @@ class Order:
         shot = (v.kind == INJ) & (v.rows["sub"] == 2) & (entered >= 0)
         v.find(INJECTED, shot, (error < entered) | (v.at("a", error) != v.rows["a"]), error)
 
-    def _mmio(self, v: _Visit) -> None:
+    def _mmio(self, v: Visit) -> None:
         behind = v.previous()
         checked = (v.kind != OTHER) & (behind >= 0) & (v.at("kind", behind) == CHECK)
         valid = v.at("sub", behind) == 1
@@ -556,7 +607,7 @@ class Order:
         v.find(MMIO_FAULT, named, spte.mmio(v.rows["a"], self.form)["gfn"] != v.at("a", fault) >> np.uint64(12), fault)
 
 
-class _Visit:
+class Visit:
     """Steps sorted by task, and for each the last one of some kind before it; judged are the fresh ones."""
 
     def __init__(self, rows: NDArray[Any], ledger: Ledger) -> None:

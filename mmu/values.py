@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmu import spte, trace, update
+from mmu.histories import unhashed
 from mmu.ledger import Ledger, Rule
 from mmu.scan import MISSING
 from mmu.spte import FROZEN, ILLEGAL, LEAVES, NON_LEAF, REMOVED, UNKNOWN, SpteLayout
@@ -204,7 +205,7 @@ def _fast(ledger: Ledger, events: NDArray[Any], form: SpteLayout | None, *, ept:
     def find(rule: Rule, bad: Bools, of: Bools | None = None) -> None:
         ledger.judge(rule, len(events) if of is None else int(of.sum()), np.flatnonzero(bad), (line,), say)
 
-    real = events["sptep"] >= np.uint64(1 << 63)  # not hashed
+    real = unhashed(events["sptep"])
     index, page = events["sptep"] >> np.uint64(3) & np.uint64(511), events["gva"] >> np.uint64(12)
     fits = np.zeros(len(events), dtype=np.bool_)
     small = np.zeros(len(events), dtype=np.bool_)  # surely of the last level
