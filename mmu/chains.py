@@ -37,7 +37,7 @@ UNSET = Rule(
     "layout, history",
 )
 SEEN = Rule("the fast path finds what the entry's events left", "Linux 6.1 mmu.c, fast_page_fault", "layout, history")
-TAKEN = Rule("when W is gone again after a fast fix, an event tells who took it", _EACH, "layout, history")
+TAKEN = Rule("when a fast fix is gone again at once, an event tells who undid it", _EACH, "layout, history")
 MOVED = Rule(
     "a table stays where it is", "Linux 6.1 mmu.c, kvm_mmu_get_page: a new place is a new page", "layout, history"
 )
@@ -219,7 +219,7 @@ class Chains:
         lines = before["line"], changes["line"]
         for rule, of in ((LINK, judged & tdp), (UNSET, judged & ~tdp)):
             self.ledger.judge(rule, int(of.sum()), np.flatnonzero(bad & of), lines, say)
-        self._judge_taken(changes, before, tdp)
+        self._judge_taken(changes, left, before, tdp)
 
     def _reordered(self, changes: NDArray[Any], left: Words, before: NDArray[Any], bad: Bools, tdp: Bools) -> Bools:
         """Which broken links are whole when two or three neighbours of different tasks are read in another order.
@@ -286,10 +286,10 @@ class Chains:
         both = np.concatenate([self._splits, both])[-KNOWN // 16 :]
         self._splits = both[np.lexsort((both["line"], both["key"]))]
 
-    def _judge_taken(self, changes: NDArray[Any], before: NDArray[Any], tdp: Bools) -> None:
-        """In the TDP MMU, ``new`` of a fixed fault lacks W only when a neighbour of the chain took it."""
+    def _judge_taken(self, changes: NDArray[Any], left: Words, before: NDArray[Any], tdp: Bools) -> None:
+        """In the TDP MMU, ``new`` of a fixed fault is what it wrote, or what a neighbour of the chain made of it."""
         fixed = (changes["event"] == FAST) & tdp
-        lacks = np.flatnonzero(fixed & (changes["new"] & self._w == 0))
+        lacks = np.flatnonzero(fixed & ((changes["new"] ^ left) & ~self._used != 0))
         n = len(changes)
         told = np.zeros(len(lacks), dtype=np.bool_)
         for step in (-2, -1, 1, 2, 3):
@@ -297,7 +297,8 @@ class Chains:
             state = before["left"][near]  # a change that stands before it came behind it, if it fits there
             fits = np.bool_(step > 0) | self._linked(state, before["line"][near] > 0, changes["old"][lacks], tdp[lacks])
             fits &= (changes["key"][near] == changes["key"][lacks]) & (changes["event"][near] == TDP)
-            fits &= (changes["new"][near] & self._w == 0) & (changes["pid"][near] != changes["pid"][lacks])
+            fits &= (changes["new"][near] ^ changes["new"][lacks]) & ~self._used == 0
+            fits &= changes["pid"][near] != changes["pid"][lacks]
             told |= fits
         self.ledger.judge(TAKEN, int(fixed.sum()), lacks[~told], (changes["line"],), lambda i: _name(changes[i]))
 

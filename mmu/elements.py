@@ -15,7 +15,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mmu.ledger import Rule
 from mmu.order import (
@@ -107,7 +106,7 @@ def _walks(order: Order, v: Visit) -> None:
     ends = np.append(begins[1:], len(mine)) - 1
     start, end = mine[begins], mine[ends]  # (attempt,)
     whole = starts[start]
-    pae = (rows["sub"][start] == 3)  # the four pointers of PAE have neither rights nor A
+    pae = rows["sub"][start] == 3  # the four pointers of PAE have neither rights nor A
     element = kind[mine] == ELEM
     attempt = np.cumsum(np.concatenate([[True], number[1:] != number[:-1]])) - 1  # (member,)
     entry = rows["a"][mine]

@@ -9,8 +9,6 @@ Facts: Linux 6.1 ``x86.c`` (emulator_read_write, vcpu_mmio_gva_to_gpa, kvm_injec
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from mmu import spte
@@ -54,7 +52,7 @@ from mmu.values import states
 _RUN, _MMU, _TDP = (f"Linux 6.1 {name}" for name in ("x86.c", "mmu.c", "tdp_mmu.c"))
 _RING = "Linux 6.1 dirty_ring.c"
 
-EMUL_RIP = Rule("what is emulated after a fault is the instruction that faulted", f"{_RUN}, kvm_mmu_page_fault", "order")
+EMUL_RIP = Rule("what a fault has emulated is the instruction that faulted", f"{_RUN}, kvm_mmu_page_fault", "order")
 MATCH_PAGE = Rule("MMIO that was matched lies at the same place of its page", f"{_RUN}, vcpu_mmio_gva_to_gpa", "order")
 MATCH_KIND = Rule("MMIO that was matched is a read or a write as it was matched", f"{_RUN}, vcpu_is_mmio_gpa", "order")
 MATCH_GPA = Rule(
@@ -63,7 +61,7 @@ MATCH_GPA = Rule(
 MATCH_WALK = Rule("MMIO is matched at the address that was walked for", f"{_RUN}, vcpu_mmio_gva_to_gpa", "order")
 MATCHED = Rule("MMIO at the address of an MMIO fault is matched first", f"{_RUN}, vcpu_is_mmio_gpa", "order")
 IO_LEAVES = Rule("MMIO that KVM could not read goes to user space next", f"{_RUN}, read_exit_mmio", "order")
-IO_BACK = Rule("MMIO that user space has read is the MMIO that asked for it", f"{_RUN}, complete_emulated_mmio", "order")
+IO_BACK = Rule("MMIO that user space has read is what was asked for", f"{_RUN}, complete_emulated_mmio", "order")
 USER_MMIO = Rule("KVM goes to user space for MMIO that was begun", f"{_RUN}, x86_emulate_instruction", "order")
 USER_IO = Rule("KVM goes to user space for port IO after an exit for it", f"{_RUN}, kvm_fast_pio", "order")
 USER_FULL = Rule("KVM goes to user space for a full dirty ring, and says so", f"{_RING}, kvm_dirty_ring_check_request",
@@ -75,14 +73,18 @@ INJ_AGAIN = Rule(
     "a #PF that is injected again is the one that the exit interrupted",
     "Linux 6.1 svm_complete_interrupts, __vmx_complete_interrupts", "order",
 )  # fmt: skip
-MARK_CHANGE = Rule("an MMIO mark says of its spte what the change to it says", f"{_TDP}, tdp_mmu_map_handle_target_level",
-                   "order, layout")  # fmt: skip
+MARK_CHANGE = Rule(
+    "an MMIO mark says of its spte what the change to it says",
+    f"{_TDP}, tdp_mmu_map_handle_target_level", "order, layout",
+)  # fmt: skip
 MARK_PLACE = Rule("an MMIO spte lies where its address says", f"{_MMU}, mark_mmio_spte", "order")
 MARK_ACCESS = Rule("an MMIO mark's access is one that a guest's mapping gives", f"{_MMU}, make_mmio_spte")
 MARK_FRESH = Rule("an MMIO spte is marked with the generation that it was found stale by, or a later one",
                   f"{_MMU}, check_mmio_spte", "order")  # fmt: skip
 HANDLE_ADDRESS = Rule("an MMIO fault is handled at its address, or at none", f"{_MMU}, handle_mmio_page_fault", "order")
-REQUEST_PFN = Rule("a large page's gfn and pfn lie at the same place in it", f"{_MMU}, kvm_mmu_hugepage_adjust", "order")
+REQUEST_PFN = Rule(
+    "a large page's gfn and pfn are at the same place in it", f"{_MMU}, kvm_mmu_hugepage_adjust", "order"
+)
 SET_LEVEL = Rule("an spte is set at the level requested", f"{_MMU}, direct_map; {_TDP}, kvm_tdp_mmu_map", "order")
 SPURIOUS_SET = Rule("an spte that was there already is not set", f"{_MMU}, mmu_set_spte", "order, layout")
 INNER_MISSING = Rule("a fault asks the fast path first", "Linux 6.12 mmu.c, kvm_tdp_page_fault", "order")
@@ -105,7 +107,7 @@ def judge(order: Order, v: Visit) -> None:
     """Hold one visit's emulation, MMIO, injections, exits to user space and pushes against the rules."""
     _emulation(order, v)
     _users(order, v)
-    _injections(v)
+    _injections(order, v)
     _marks(order, v)
     _requests(order, v)
     _spaces(order, v)
@@ -136,7 +138,8 @@ def _emulation(order: Order, v: Visit) -> None:
     v.find(MATCHED, begun, ~matched, told)
     asked_io = (kind != OTHER) & (behind >= 0) & (v.at("kind", behind) == IO) & (v.at("sub", behind) == 2)
     asked_io &= kind != NOTE
-    v.find(IO_LEAVES, asked_io & np.bool_("kvm_userspace_exit" in order.seen), ~np.isin(kind, (USER, IO, MATCH)), behind)
+    asked_io &= np.bool_("kvm_userspace_exit" in order.seen)
+    v.find(IO_LEAVES, asked_io, ~np.isin(kind, (USER, IO, MATCH)), behind)
     before = v.before(IO)
     user = v.before(USER)
     back = (kind == IO) & (rows["sub"] == 0) & (before >= 0) & (v.at("sub", before) == 2) & (user > before)
@@ -161,7 +164,7 @@ def _users(order: Order, v: Visit) -> None:
     v.find(NOTED, of, v.before(USER) < last, last)
 
 
-def _injections(v: Visit) -> None:
+def _injections(order: Order, v: Visit) -> None:
     kind, rows = v.kind, v.rows
     last, fault, error = v.before(ENTRY, EXIT), v.before(FAULT), v.before(WERR)
     shot, done, walk = v.before(INJ), v.before(RET), v.before(WALK)
@@ -172,6 +175,13 @@ def _injections(v: Visit) -> None:
     fresh = (kind == INJ) & (rows["sub"] & 1 == 0)
     again = (shot >= 0) & (shot > v.before(ENTRY, EXIT, USER, NESTED)) & (v.at("sub", shot) & 1 == 0)
     v.find(INJ_ONCE, fresh & (last >= 0), again, shot)
+    # An exit may have interrupted the delivery of a #PF: valid (31), an exception (10 to 8), vector 14; its error code.
+    info = v.at("d", last)
+    interrupted = inside & (info != _NO) & (info & np.uint64(0x800007FF) == np.uint64(0x8000030E))
+    repeated = (kind == INJ) & (rows["sub"] == 3) & interrupted & (v.before(NESTED, USER) < last)
+    v.find(INJ_AGAIN, repeated, rows["a"] != info >> np.uint64(32), last)
+    lost = (kind == ENTRY) & interrupted & np.bool_(order.reinjects) & (v.before(NESTED, USER) < last)
+    v.find(INJ_AGAIN, lost, shot < last, last)
 
 
 def _marks(order: Order, v: Visit) -> None:

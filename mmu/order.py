@@ -87,7 +87,9 @@ WALK_TOP = Rule(
     "a walk begins at the same level as those before and after it", f"{_WALKER}, walk_addr_generic", "order"
 )
 WALK_END = Rule("a walk ends at a leaf or in an error", f"{_WALKER}, walk_addr_generic", "order")
-ERROR_AFTER = Rule("an error of a walk stands behind the entry that refused it", f"{_WALKER}, walk_addr_generic", "order")
+ERROR_AFTER = Rule(
+    "an error of a walk stands behind the entry that refused it", f"{_WALKER}, walk_addr_generic", "order"
+)
 WALK_FAULT = Rule("the guest's tables are walked for the access that faulted", f"{_WALKER}, page_fault", "order")
 INJECTED = Rule(
     "the #PF that is injected is the one that a walk found", f"{_RUN}, kvm_inject_emulated_page_fault", "order"
@@ -217,6 +219,8 @@ def steps(piece: trace.Trace, era: Any) -> NDArray[Any]:
         if name == "kvm_exit":
             for reason, sub in _EXITS.items():
                 rows["sub"][events["reason"] == reason] = sub
+            known = (events["intr_info"] != _NO) & (events["error_code"] != _NO)
+            rows["d"] |= np.where(known, events["error_code"], np.uint64(0)) << np.uint64(32)
         elif name == "fast_page_fault":
             rows["sub"] = (events["spurious"] == 1) | (events["fixed"] == 1).astype(np.int16) << np.int16(1)
         elif name == "kvm_inj_exception":
@@ -237,6 +241,7 @@ class Order:
         ept: error codes are of a machine with EPT.
         seen: the names of the trace's events.
         inner: a probe on fast_page_fault itself is among them.
+        reinjects: the kernel prints exceptions that are injected again.
         more: further rules, on the same steps.
     """
 
@@ -248,6 +253,7 @@ class Order:
         ept: bool,
         seen: Collection[str],
         inner: bool = False,
+        reinjects: bool = False,
         more: Collection[Callable[[Order, Visit], None]] = (),
     ) -> None:
         self.ledger, self.form, self.ept = ledger, form, ept
@@ -261,7 +267,7 @@ class Order:
         self.nested = any(name.startswith("kvm_nested") for name in seen)
         self.foreign = ept  # walks may be of a guest's own EPT, whose bits are others
         self.tdp_mmu = "kvm_tdp_mmu_spte_changed" in self.seen
-        self.inner = inner
+        self.inner, self.reinjects = inner, reinjects
         self.split_by_nx = False  # large pages have been seen that must not be executed
         self._kept = np.zeros(0, dtype=STEP)
 
@@ -509,6 +515,7 @@ class Order:
         linked = changes & (new == NON_LEAF) & (old != NON_LEAF)
         made, used = v.before(PAGE), v.before_where(linked)
         fits = (v.at("a", made) == v.rows["a"]) & (v.at("sub", made) == level - 1) & (used < made)
+        fits &= v.at("b", made) == 1
         v.find(TABLE_NEW, linked & (made >= 0), ~fits, made)
         # While others run, all 512 entries of a table are removed, empty ones too, in order.
         gone = np.flatnonzero(changes & np.isin(new, (REMOVED, FROZEN)))
