@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmu import histories, spte, trace, update, values
-from mmu.histories import FAST, MARK, TDP, UNNAMED
+from mmu.histories import FAST, MARK, SET, TDP, UNNAMED
 from mmu.ledger import Ledger, Rule
 from mmu.scan import MISSING
 from mmu.spte import FROZEN, NON_LEAF, NONE, REMOVED, SpteLayout
@@ -364,7 +364,9 @@ class Chains:
         """Entries of one table lie in one page, until the table is made anew; direct tables, whose gfns tell them."""
         sets = rows["restated"] & (rows["event"] != FAST) & (rows["at"] != _NO)
         fast = (rows["event"] == FAST) & histories.unhashed(rows["sptep"]) & np.bool_(self.names.offset is not None)
-        of = rows[sets | (fast & np.bool_(not self.names.spaces))]
+        marks = rows["restated"] & (rows["event"] == MARK) & histories.unhashed(rows["sptep"])
+        marks &= np.bool_(self.names.offset is not None)
+        of = rows[sets | marks | (fast & np.bool_(not self.names.spaces))]
         made = piece["kvm_mmu_get_page"]
         made = made[made["level"] > 0]
         new = np.zeros(len(made), dtype=_PLACE)
@@ -375,7 +377,7 @@ class Chains:
         covers = np.uint64(9) * np.clip(of["level"], 1, 5).astype(np.uint64)
         gfn = of["gfn"] >> covers << covers
         seen["key"] = histories.key_of_gfn(np.zeros(len(of), dtype=np.int64), of["level"], gfn)
-        where = np.where(of["event"] == FAST, of["sptep"] - np.uint64(self.names.offset or 0), of["at"])
+        where = np.where(of["event"] == SET, of["at"], of["sptep"] - np.uint64(self.names.offset or 0))
         seen["epoch"], seen["line"], seen["frame"] = of["epoch"], of["line"], where >> np.uint64(12)
         every = np.concatenate([self._places, seen])
         every = every[np.lexsort((every["line"], every["key"]))]

@@ -54,6 +54,10 @@ ACCESSED_WHERE = Rule(
 ERROR_WALK = Rule("an error of a walk is one of the access that it was for", f"{_WALKER}, walk_addr_generic", "order")
 ERROR_WHY = Rule("a walk is refused by one of its entries", f"{_WALKER}, walk_addr_generic", "order")
 ALLOWED = Rule("a walk that is not refused was allowed by all its entries", f"{_WALKER}, permission_fault", "order")
+WALK_ACCESS = Rule(
+    "a walk is for a write or a fetch, and only a fault's own is for a page that was present", f"{_MMU}, gva_to_gpa",
+    "order",
+)  # fmt: skip
 UPPER = Rule(
     "a guest's upper entry reads the same until somebody may have written to it",
     f"{_MMU}, mmu_try_to_unsync_pages: only tables of the last level may go out of sync", "order",
@@ -66,7 +70,7 @@ UNSYNC_KIND = Rule(
     f"{_MMU}, kvm_unsync_page and kvm_unlink_unsync_page",
 )  # fmt: skip
 
-RULES = (ACCESSED, ACCESSED_WHERE, ERROR_WALK, ERROR_WHY, ALLOWED, UPPER)
+RULES = (ACCESSED, ACCESSED_WHERE, ERROR_WALK, ERROR_WHY, ALLOWED, WALK_ACCESS, UPPER)
 """Those that know the bits of the guest's entries."""
 
 _P, _W, _U, _F, _A, _D, _PS = (np.uint64(bit) for bit in (1, 2, 4, 16, 32, 64, 128))
@@ -135,6 +139,15 @@ def _walks(order: Order, v: Visit) -> None:
     refused = kind[next_] == WERR
     retried = again[next_]
     code = rows["a"][next_]
+
+    stray = np.isin(kind, (ABIT, DBIT)) & (behind >= 0)
+    misplaced = ~np.isin(last, (ELEM, ABIT, DBIT)) | ((kind == ABIT) & (last == DBIT))
+    v.find(ACCESSED, stray, misplaced, behind)
+    faults, done = v.before(FAULT), v.before(RET, EMUL)
+    asked = kind == WALK
+    hit = asked & (rows["b"] & _P != 0)
+    wrong = (rows["b"] & (_W | _F) == _W | _F) | (hit & ((faults < v.before(EXIT)) | (done > faults)))
+    v.find(WALK_ACCESS, asked, wrong, behind)
 
     def find(rule: Rule, of: Any, wrong: Any, where: Any, context: Any) -> None:
         """The same for attempts: blamed is the step that closes each."""
@@ -253,7 +266,8 @@ def _pages(v: Visit) -> None:
     v.find(PAGE_DOWN, new & np.isin(kind, (PAGE, SET, MARK)), wrong, behind)
     unsync = kind == UNSYNC
     request = v.before(REQ)
-    v.find(UNSYNC_GFN, unsync & within & (request > fault), rows["a"] != v.at("a", request), request)
+    late = v.before(SET) > request
+    v.find(UNSYNC_GFN, unsync & within & (request > fault), (rows["a"] != v.at("a", request)) | late, request)
     none = np.full(len(kind), -1, dtype=np.int64)
     both = unsync | (kind == SYNC)
     bad = (level != 1) | (rows["b"] != np.where(unsync, np.uint64(0), np.uint64(1)))

@@ -77,6 +77,7 @@ MARK_CHANGE = Rule(
     "an MMIO mark says of its spte what the change to it says",
     f"{_TDP}, tdp_mmu_map_handle_target_level", "order, layout",
 )  # fmt: skip
+MARK_SLOT = Rule("what is marked as MMIO lies in no slot", f"{_MMU}, kvm_handle_noslot_fault", "order")
 MARK_PLACE = Rule("an MMIO spte lies where its address says", f"{_MMU}, mark_mmio_spte", "order")
 MARK_ACCESS = Rule("an MMIO mark's access is one that a guest's mapping gives", f"{_MMU}, make_mmio_spte")
 MARK_FRESH = Rule("an MMIO spte is marked with the generation that it was found stale by, or a later one",
@@ -119,13 +120,18 @@ def _emulation(order: Order, v: Visit) -> None:
     last, exit_, emulated = v.before(ENTRY, EXIT), v.before(EXIT), v.before(EMUL)
     inside = (last >= 0) & (v.at("kind", last) == EXIT)
     faulted = np.isin(v.at("sub", last), (NPF, EPT, EXCEPTION)) & (v.before(FAULT) > last)
+    faulted |= np.bool_(not order.ept)  # on Intel guests without paging or in odd states are emulated at length
     first = (kind == EMUL) & inside & faulted & (emulated < last) & (v.before(USER, NESTED) < last)
     v.find(EMUL_RIP, first, (rows["a"] != v.at("c", exit_)) & (v.at("c", exit_) != _NO), exit_)
+    walk = v.before(WALK)
+    earlier = walk[np.maximum(walk, 0)]
+    fetched = first & (walk > last) & (earlier < last) & (v.at("b", walk) & np.uint64(16) != 0)
+    fetched &= v.before(FAULT, RET) < walk
+    v.find(EMUL_RIP, fetched, v.at("a", walk) != rows["a"] + rows["b"], walk)
     match = kind == MATCH
     v.find(MATCH_PAGE, match, (rows["a"] ^ rows["b"]) & _PAGE != 0, last)
     nested_paging = np.isin(v.at("sub", last), (NPF, EPT)) & inside
     v.find(MATCH_GPA, match & nested_paging & np.bool_(not order.nested), rows["sub"] == 0, last)
-    walk = v.before(WALK)
     asked = match & (walk > emulated) & (emulated > last) & inside & (v.at("b", walk) & np.uint64(16) == 0)
     v.find(MATCH_WALK, asked, (v.at("a", walk) ^ rows["b"]) & ~_PAGE != 0, walk)
     matched = (kind == IO) & (behind >= 0) & (v.at("kind", behind) == MATCH)
@@ -142,9 +148,10 @@ def _emulation(order: Order, v: Visit) -> None:
     v.find(IO_LEAVES, asked_io, ~np.isin(kind, (USER, IO, MATCH)), behind)
     before = v.before(IO)
     user = v.before(USER)
-    back = (kind == IO) & (rows["sub"] == 0) & (before >= 0) & (v.at("sub", before) == 2) & (user > before)
-    other = (rows["a"] != v.at("a", before)) | (rows["b"] != v.at("b", before))
-    v.find(IO_BACK, back, other, before)
+    owed = (before >= 0) & (v.at("sub", before) == 2) & (user > before) & (v.at("a", user) == _MMIO_EXIT)
+    owed &= inside & (before > last)
+    other = (kind != IO) | (rows["sub"] != 0) | (rows["a"] != v.at("a", before)) | (rows["b"] != v.at("b", before))
+    v.find(IO_BACK, owed & np.isin(kind, (IO, ENTRY)), other, before)
 
 
 def _users(order: Order, v: Visit) -> None:
@@ -153,7 +160,8 @@ def _users(order: Order, v: Visit) -> None:
     inside = (last >= 0) & (v.at("kind", last) == EXIT)
     user, code = kind == USER, rows["a"]
     io = v.before(IO)
-    v.find(USER_MMIO, user & inside & (code == _MMIO_EXIT) & np.bool_("kvm_mmio" in order.seen), io < last, last)
+    v.find(USER_MMIO, user & inside & (code == _MMIO_EXIT) & np.bool_("kvm_mmio" in order.seen),
+           (io < last) | (v.at("sub", io) == 0), last)  # fmt: skip
     ports = v.at("sub", last) == 0  # of a kind that is no fault
     v.find(USER_IO, user & inside & (code == _IO_EXIT), ~ports & (v.before(EMUL) < last), last)
     full = v.at("kind", behind) == FULL
@@ -171,7 +179,7 @@ def _injections(order: Order, v: Visit) -> None:
     inside = (last >= 0) & (v.at("kind", last) == EXIT)
     closing = (kind == ENTRY) & inside & (error > fault) & (fault > last) & (done > error) & (walk > fault)
     closing &= v.before(NESTED, EMUL, USER) < fault
-    v.find(INJ_MISSING, closing, shot < error, error)
+    v.find(INJ_MISSING, closing, (shot < error) | (v.at("sub", shot) & 2 == 0), error)
     fresh = (kind == INJ) & (rows["sub"] & 1 == 0)
     again = (shot >= 0) & (shot > v.before(ENTRY, EXIT, USER, NESTED)) & (v.at("sub", shot) & 1 == 0)
     v.find(INJ_ONCE, fresh & (last >= 0), again, shot)
@@ -195,6 +203,8 @@ def _marks(order: Order, v: Visit) -> None:
         v.find(MARK_ACCESS, mark, (access & np.uint64(1) == 0) | (access > 7), none)
         direct = mark & within & (v.before(WALK) < fault) & np.bool_(not order.nested)
         v.find(MARK_ACCESS, direct, access != 7, fault)
+    request = v.before(REQ)
+    v.find(MARK_SLOT, mark & within & (request > fault), v.at("b", request) >> np.uint64(63) == 0, request)
     real = mark & within & unhashed(rows["c"])
     page = v.at("a", fault) >> np.uint64(12)
     index = rows["c"] >> np.uint64(3) & np.uint64(511)

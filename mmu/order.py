@@ -90,6 +90,8 @@ WALK_END = Rule("a walk ends at a leaf or in an error", f"{_WALKER}, walk_addr_g
 ERROR_AFTER = Rule(
     "an error of a walk stands behind the entry that refused it", f"{_WALKER}, walk_addr_generic", "order"
 )
+WALK_WHOLE = Rule("what a walk maps it has walked down to a leaf", f"{_WALKER}, walk_addr_generic", "order")
+RUNNING = Rule("while the guest runs, its vCPU's task does nothing else", f"{_RUN}, vcpu_enter_guest", "order")
 WALK_FAULT = Rule("the guest's tables are walked for the access that faulted", f"{_WALKER}, page_fault", "order")
 INJECTED = Rule(
     "the #PF that is injected is the one that a walk found", f"{_RUN}, kvm_inject_emulated_page_fault", "order"
@@ -111,7 +113,8 @@ USER_AFTER = Rule("KVM returns to user space from outside the guest", f"{_RUN}, 
 LAYOUT_RULES = tuple(rule for rule in list(globals().values()) if isinstance(rule, Rule) and "layout" in rule.needs)
 
 NEEDED = {  # events without which a rule says nothing; the kvm_ of their names left out
-    ENTER: ("exit",), LEAVE: ("entry",), FAULT_EXIT: ("exit",), FAULT_MISSING: ("page_fault",),
+    ENTER: ("exit",), LEAVE: ("entry",), RUNNING: ("exit", "entry"), FAULT_EXIT: ("exit",),
+    FAULT_MISSING: ("page_fault",),
     FAST_FAULT: ("page_fault",), FAST_MISSING: ("fast_page_fault",), RETURN_MISSING: ("*_page_fault_ret",),
     RETURN_FIXED: ("mmu_set_spte",), REQUEST_FAULT: ("page_fault",), SET_REQUEST: ("mmu_spte_requested",),
     SET_FIRST: ("mmu_spte_requested",), CHANGE_SET: ("mmu_set_spte",), SET_CHANGE: ("mmu_set_spte",),
@@ -156,7 +159,7 @@ _COLUMNS = {  # event: kind, vcpu, a, b, c, sub, d
     "kvm_mmu_set_dirty_bit": (DBIT, None, "gpa", None, None, None, None),
     "kvm_mmu_split_huge_page": (SPLIT, None, "gfn", "spte", "errno", "level", None),
     "kvm_userspace_exit": (USER, None, "code", None, None, None, None),
-    "kvm_emulate_insn": (EMUL, None, "rip", None, None, None, None),
+    "kvm_emulate_insn": (EMUL, None, "rip", "csbase", None, None, None),
     "vcpu_match_mmio": (MATCH, None, "gpa", "gva", "write", "gpa_match", None),
     "kvm_mmio": (IO, None, "gpa", "len", "val", "kind", None),
     "kvm_dirty_ring_push": (PUSH, "ring", "offset", "slot", None, None, None),
@@ -180,6 +183,10 @@ STEP = np.dtype(
 )
 """One event of a task; what a, b, c, d and sub hold depends on the kind."""
 
+_NOT_RUNNING = (
+    FAULT, FAST, RET, FRET, REQ, SET, MARK, CHECK, HANDLE, WALK, ELEM, WERR, INJ, PAGE, EMUL, MATCH, IO, ABIT, DBIT,
+    UNSYNC, PUSH, NOTE,
+)  # fmt: skip
 _NO = np.uint64(MISSING)
 _REMEMBERED = 4096  # a task's events that are remembered from piece to piece
 _TASKS = 1 << 12
@@ -329,6 +336,7 @@ class Order:
         entry, exit_ = v.kind == ENTRY, v.kind == EXIT
         v.find(ENTER, entry & known, v.at("kind", last) == ENTRY, last)
         v.find(LEAVE, exit_ & known, v.at("kind", last) == EXIT, last)
+        v.find(RUNNING, known & np.isin(v.kind, _NOT_RUNNING), v.at("kind", last) == ENTRY, last)
         user = v.before(USER)
         moved = entry & (v.at("kind", last) == EXIT) & (user > last)  # the thread may run another vCPU now
         of = known & (entry | exit_ | (v.kind == FAULT) | (v.kind == FAST)) & ~moved
@@ -562,6 +570,7 @@ class Order:
         ended = (v.at("sub", behind) == 1) | (entry & np.uint64(1) == 0) | (entry & np.uint64(0x80) != 0)
         after = (behind >= 0) & (v.at("kind", behind) == ELEM) & ~np.isin(v.kind, (ELEM, OTHER))
         v.find(WALK_END, after, ~ended & (v.kind != WERR), behind)
+        v.find(WALK_WHOLE, after & np.isin(v.kind, (REQ, ABIT, DBIT, PAGE)), ~ended, behind)
         v.find(ERROR_AFTER, (v.kind == WERR) & (behind >= 0), v.at("kind", behind) != ELEM, behind)
         fault = (behind >= 0) & (v.at("kind", behind) == FAULT) & (v.kind == WALK)
         exit_ = v.before(EXIT)
