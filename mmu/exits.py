@@ -9,14 +9,18 @@ Facts: Linux 6.1 ``x86.c`` (emulator_read_write, vcpu_mmio_gva_to_gpa, kvm_injec
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from mmu import spte
 from mmu.histories import unhashed
 from mmu.ledger import Rule
 from mmu.order import (
+    ABIT,
     CHANGE,
     CHECK,
+    ELEM,
     EMUL,
     ENTRY,
     EPT,
@@ -35,6 +39,7 @@ from mmu.order import (
     NOTE,
     NPF,
     OTHER,
+    PAGE,
     PUSH,
     REQ,
     RET,
@@ -43,6 +48,7 @@ from mmu.order import (
     USER,
     WALK,
     WERR,
+    ZAP,
     Order,
     Visit,
 )
@@ -53,6 +59,9 @@ _RUN, _MMU, _TDP = (f"Linux 6.1 {name}" for name in ("x86.c", "mmu.c", "tdp_mmu.
 _RING = "Linux 6.1 dirty_ring.c"
 
 EMUL_RIP = Rule("what a fault has emulated is the instruction that faulted", f"{_RUN}, kvm_mmu_page_fault", "order")
+FETCHED = Rule(
+    "what is emulated was fetched, and what was fetched is emulated", f"{_RUN}, x86_emulate_instruction", "order"
+)
 MATCH_PAGE = Rule("MMIO that was matched lies at the same place of its page", f"{_RUN}, vcpu_mmio_gva_to_gpa", "order")
 MATCH_KIND = Rule("MMIO that was matched is a read or a write as it was matched", f"{_RUN}, vcpu_is_mmio_gpa", "order")
 MATCH_GPA = Rule(
@@ -87,6 +96,7 @@ REQUEST_PFN = Rule(
     "a large page's gfn and pfn are at the same place in it", f"{_MMU}, kvm_mmu_hugepage_adjust", "order"
 )
 SET_LEVEL = Rule("an spte is set at the level requested", f"{_MMU}, direct_map; {_TDP}, kvm_tdp_mmu_map", "order")
+SET_FRAME = Rule("entries of one table lie in one page", f"{_MMU}, kvm_mmu_get_page", "order")
 SPURIOUS_SET = Rule("an spte that was there already is not set", f"{_MMU}, mmu_set_spte", "order, layout")
 INNER_MISSING = Rule("a fault asks the fast path first", "Linux 6.12 mmu.c, kvm_tdp_page_fault", "order")
 INNER_SAYS = Rule("what the fast path returns is what its event says", "Linux 6.12 mmu.c, fast_page_fault",
@@ -96,6 +106,9 @@ SPLIT_OF = Rule("a split that succeeded has changed that spte", f"{_TDP}, tdp_mm
 SPLIT_TOLD = Rule("a large page is split by a fault, or a split tells of it", f"{_TDP}, tdp_mmu_split_huge_page",
                   "order, layout")  # fmt: skip
 PUSH_RING = Rule("a vCPU pushes to its own dirty ring", f"{_RING}, kvm_dirty_ring_push", "order")
+PUSH_FIRST = Rule(
+    "a page is pushed before the repair of its fault is printed", f"{_MMU}, fast_pf_fix_direct_spte", "order"
+)
 PUSH_PAGE = Rule("a push's slot and offset name the page that became writable", f"{_RING}, mark_page_dirty_in_slot",
                  "order")  # fmt: skip
 
@@ -128,6 +141,12 @@ def _emulation(order: Order, v: Visit) -> None:
     fetched = first & (walk > last) & (earlier < last) & (v.at("b", walk) & np.uint64(16) != 0)
     fetched &= v.before(FAULT, RET) < walk
     v.find(EMUL_RIP, fetched, v.at("a", walk) != rows["a"] + rows["b"], walk)
+    fetch = v.at("b", walk) & np.uint64(16) != 0
+    read = (kind == EMUL) & (behind >= 0) & np.isin(v.at("kind", behind), (ELEM, ABIT)) & inside
+    v.find(FETCHED, read & np.bool_(not order.foreign), ~fetch, walk)
+    apart = (walk > last) & (v.before(FAULT, NESTED) <= np.maximum(v.before(RET), last)) & inside & fetch
+    ended = (kind != OTHER) & (behind >= 0) & np.isin(v.at("kind", behind), (ELEM, ABIT))
+    v.find(FETCHED, ended & apart & np.isin(kind, (ENTRY, MATCH, IO, USER)), kind == kind, walk)
     match = kind == MATCH
     v.find(MATCH_PAGE, match, (rows["a"] ^ rows["b"]) & _PAGE != 0, last)
     nested_paging = np.isin(v.at("sub", last), (NPF, EPT)) & inside
@@ -189,7 +208,7 @@ def _injections(order: Order, v: Visit) -> None:
     repeated = (kind == INJ) & (rows["sub"] == 3) & interrupted & (v.before(NESTED, USER) < last)
     v.find(INJ_AGAIN, repeated, rows["a"] != info >> np.uint64(32), last)
     lost = (kind == ENTRY) & interrupted & np.bool_(order.reinjects) & (v.before(NESTED, USER) < last)
-    v.find(INJ_AGAIN, lost, shot < last, last)
+    v.find(INJ_AGAIN, lost, (shot < last) | (v.at("sub", shot) & 2 == 0), last)
 
 
 def _marks(order: Order, v: Visit) -> None:
@@ -236,6 +255,11 @@ def _requests(order: Order, v: Visit) -> None:
     wrong = (level < 1) | (level > 3) | ((rows["a"] ^ rows["b"]) & low != 0)
     v.find(REQUEST_PFN, kind == REQ, wrong, none)
     within = (fault > last) & (request > fault)
+    previous = v.before(SET)
+    frame, low_level = rows["c"] >> np.uint64(12), (level == 1) & (v.at("sub", previous) == 1)
+    row = (kind == SET) & within & (previous > request) & low_level & (rows["c"] != _NO)
+    v.find(SET_FRAME, row, frame != v.at("c", previous) >> np.uint64(12), previous)
+    _frames(v, within)
     sets = (kind == SET) & within & (v.before(SET, WERR, NESTED) < request)
     v.find(SET_LEVEL, sets & np.bool_(not order.split_by_nx), v.at("sub", request) != rows["sub"], request)
     if order.form is None:
@@ -254,6 +278,27 @@ def _requests(order: Order, v: Visit) -> None:
         v.find(INNER_SAYS, result & (did == 0), said != number["INVALID"], fault)
         settled = handler & (inner > fault) & (v.at("a", inner) != number["INVALID"])
         v.find(INNER_SAYS, settled, said != v.at("a", inner), inner)
+
+
+def _frames(v: Visit, within: Any) -> None:
+    """Of three sets in one table of a direct MMU, made at no time in between, none lies elsewhere."""
+    kind, rows = v.kind, v.rows
+    direct = (kind == SET) & within & (v.before(WALK) < v.before(FAULT)) & (rows["sub"] == 1) & (rows["c"] != _NO)
+    sets = np.flatnonzero(direct)
+    if len(sets) < 3:
+        return
+    order = np.lexsort((rows["line"][sets], rows["a"][sets] >> np.uint64(9), rows["task"][sets]))
+    sets = sets[order]
+    a, b, c = sets[:-2], sets[1:-1], sets[2:]
+    table, frame = rows["a"] >> np.uint64(9), rows["c"] >> np.uint64(12)
+    made = np.sort(rows["line"][(kind == PAGE) | (kind == ZAP)])
+    same = (rows["task"][a] == rows["task"][c]) & (table[a] == table[c]) & (table[a] == table[b])
+    same &= (frame[a] == frame[c]) & (np.searchsorted(made, rows["line"][a]) == np.searchsorted(made, rows["line"][c]))
+    of, odd = np.zeros(len(kind), dtype=np.bool_), np.zeros(len(kind), dtype=np.bool_)
+    of[c], odd[c] = same, frame[b] != frame[a]
+    context = np.full(len(kind), -1, dtype=np.int64)
+    context[c] = b
+    v.find(SET_FRAME, of, odd, context)
 
 
 def _spaces(order: Order, v: Visit) -> None:
@@ -293,8 +338,10 @@ def _pushes(v: Visit) -> None:
     if not push.any():
         return
     v.find(PUSH_RING, push, rows["vcpu"] != v.at("vcpu", last), last)
-    # What comes next tells which page: a repair, a change or a set of the page that faulted.
     fault = v.before(FAULT)
+    repaired = (v.before(FAST, SET) > fault) & (v.before(RET, EMUL, USER) < fault) & (fault > last)
+    v.find(PUSH_FIRST, push, repaired, fault)
+    # What comes next tells which page: a repair, a change or a set of the page that faulted.
     mine = np.isin(kind, (FAST, CHANGE, SET)) & (behind >= 0) & (v.at("kind", behind) == PUSH) & (fault > last)
     mine &= v.before(WALK) < fault
     page = v.at("a", fault) >> np.uint64(12)

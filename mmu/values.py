@@ -97,7 +97,7 @@ def judge(ledger: Ledger, piece: trace.Trace, form: SpteLayout | None, *, ept: b
     bad = np.flatnonzero(pages["gfn"] & ((np.uint64(1) << covers) - np.uint64(1)) != 0)
     ledger.judge(TABLE, len(pages), bad, (pages["line"],), lambda i: f"gfn {int(pages['gfn'][i]):#x}")
     pages = piece["kvm_mmu_get_page"]
-    used = (pages["root"] > 0) & (pages["direct"] == 0)
+    used = pages["root"] > 0
     odd = ((pages["created"] == 1) & (used | (pages["unsync"] == 1))) | (
         (pages["gpte_bytes"] == 8) & (pages["quadrant"] > 0)
     )
