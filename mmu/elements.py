@@ -146,7 +146,10 @@ def _walks(order: Order, v: Visit) -> None:
     faults, done = v.before(FAULT), v.before(RET, EMUL)
     asked = kind == WALK
     hit = asked & (rows["b"] & _P != 0)
-    wrong = (rows["b"] & (_W | _F) == _W | _F) | (hit & ((faults < v.before(EXIT)) | (done > faults)))
+    exits = v.before(EXIT)
+    foreign = ((rows["b"] ^ v.at("b", faults)) & ~_RSVD != 0) | (v.at("sub", exits) != EXCEPTION)
+    foreign |= (faults < exits) | (done > faults)
+    wrong = (rows["b"] & (_W | _F) == _W | _F) | (rows["b"] & _RSVD != 0) | (hit & foreign & np.bool_(not order.nested))
     v.find(WALK_ACCESS, asked, wrong, behind)
 
     def find(rule: Rule, of: Any, wrong: Any, where: Any, context: Any) -> None:

@@ -386,7 +386,8 @@ class Order:
     def _returns(self, v: Visit) -> None:
         last, fault, ret, fast = v.before(ENTRY, EXIT), v.before(FAULT), v.before(RET), v.before(FAST)
         here = (v.kind == RET) & (last >= 0) & (v.before(NESTED) < last)
-        v.find(RETURN_ONCE, here, (fault < last) | (ret > fault), np.where(ret > fault, ret, last))
+        late = v.before(INJ) > fault
+        v.find(RETURN_ONCE, here, (fault < last) | (ret > fault) | late, np.where(ret > fault, ret, last))
         closing = np.isin(v.kind, (ENTRY, EXIT)) & (v.at("kind", last) == EXIT) & (fault > last)
         check = v.before(CHECK)
         closing &= (self._code(v.at("b", fault)) & _RSVD == 0) | ((check > fault) & (v.at("sub", check) == 0))
@@ -570,6 +571,8 @@ class Order:
         ended = (v.at("sub", behind) == 1) | (entry & np.uint64(1) == 0) | (entry & np.uint64(0x80) != 0)
         after = (behind >= 0) & (v.at("kind", behind) == ELEM) & ~np.isin(v.kind, (ELEM, OTHER))
         v.find(WALK_END, after, ~ended & (v.kind != WERR), behind)
+        unbroken = np.isin(v.at("kind", behind), (WALK, ELEM, ABIT, DBIT))
+        v.find(WALK_WHOLE, here & (behind >= 0), ~unbroken, behind)
         v.find(WALK_WHOLE, after & np.isin(v.kind, (REQ, ABIT, DBIT, PAGE)), ~ended, behind)
         v.find(ERROR_AFTER, (v.kind == WERR) & (behind >= 0), v.at("kind", behind) != ELEM, behind)
         fault = (behind >= 0) & (v.at("kind", behind) == FAULT) & (v.kind == WALK)
