@@ -160,13 +160,18 @@ def _walks(order: Order, v: Visit) -> None:
         v.find(rule, here, bad, seen)
 
     well = there & ~refused & ~retried & ended & (leaf & _P != 0)
-    find(ACCESSED, well, (got_a != want_a) | (got_d != want_d), next_, leaf_at)
+    # An error that was not recorded looks like none; what maps or is emulated next was surely not refused.
+    told = np.bool_("kvm_mmu_walker_error" in order.seen)
+    well &= told | np.isin(kind[next_], (REQ, PAGE, EMUL))
+    a_told, d_told = (np.bool_(f"kvm_mmu_set_{bit}_bit" in order.seen) for bit in ("accessed", "dirty"))
+    unlike = ((got_a != want_a) & a_told) | ((got_d != want_d) & d_told)
+    find(ACCESSED, well, unlike, next_, leaf_at)
     find(ACCESSED, there & refused, (got_a > 0) | (got_d > 0), next_, leaf_at)
     wrong = ((access & _U != 0) & (both & _U == 0)) | ((access & _F != 0) & (any_ & _NX != 0))
     wrong |= (access & (_U | _W) == _U | _W) & (both & _W == 0)
     find(ALLOWED, well, wrong, next_, leaf_at)
     absent = leaf & _P == 0
-    find(ALLOWED, there & ~refused & ~retried, absent, next_, leaf_at)
+    find(ALLOWED, there & ~refused & ~retried & told, absent, next_, leaf_at)
     said = refused & there
     other = ((code ^ access) & (_W | _U) != 0) | (code & ~access & _F != 0)
     other |= (code & (_RSVD | _PK) != 0) & (code & _P == 0)
@@ -178,7 +183,8 @@ def _walks(order: Order, v: Visit) -> None:
     lacks |= np.where(user, both & _U == 0, both & _U != 0)  # or SMEP and SMAP, for a supervisor
     find(ERROR_WHY, said & ended, present | (~absent & ~reserved & ~lacks), next_, leaf_at)
     _where(v, mine, attempt, entry, real, well & (got_a == want_a) & (got_d == want_d), start, leaf_at, find)
-    _upper(v, mine, element, walk)
+    if {"kvm_exit", "kvm_emulate_insn"} <= order.seen:
+        _upper(order, v, mine, element, walk)
 
 
 def _where(
@@ -211,7 +217,7 @@ def _where(
         find(ACCESSED_WHERE, np.ones(len(told), dtype=np.bool_), wrong, told, mine[at])
 
 
-def _upper(v: Visit, mine: Any, element: Any, walk: Any) -> None:
+def _upper(order: Order, v: Visit, mine: Any, element: Any, walk: Any) -> None:
     """Upper entries that one task's walks read twice, while nothing happened that could have changed them."""
     rows, kind = v.rows, v.kind
     exits = kind == EXIT
@@ -219,6 +225,7 @@ def _upper(v: Visit, mine: Any, element: Any, walk: Any) -> None:
     moved = ~harmless | ~np.isin(
         kind, (ENTRY, EXIT, FAULT, RET, REQ, SET, MARK, WALK, ELEM, ABIT, DBIT, PAGE, UNSYNC, SYNC)
     )
+    moved |= (kind == RET) & (rows["a"] == np.uint64(order.numbers["EMULATE"]))
     # What others do counts as well: emulation, zaps and everything that is not a repaired fault, by line.
     lines = np.sort(rows["line"][moved])
     upper = mine[element & (rows["sub"][mine] > 1)]
@@ -230,8 +237,8 @@ def _upper(v: Visit, mine: Any, element: Any, walk: Any) -> None:
     tops = np.where(first, level, tops)
     width = np.where(tops == 2, np.int64(10), np.int64(9)).astype(np.uint64)
     prefix = v.at("a", walk[upper]) >> (np.uint64(12) + width * (level - 1).astype(np.uint64))
-    order = np.lexsort((rows["line"][upper], prefix, level, tops, rows["task"][upper]))
-    upper, level, prefix, tops = upper[order], level[order], prefix[order], tops[order]
+    sort = np.lexsort((rows["line"][upper], prefix, level, tops, rows["task"][upper]))
+    upper, level, prefix, tops = upper[sort], level[sort], prefix[sort], tops[sort]
     a, b = upper[:-1], upper[1:]
     same = (rows["task"][a] == rows["task"][b]) & (level[:-1] == level[1:]) & (prefix[:-1] == prefix[1:])
     same &= tops[:-1] == tops[1:]

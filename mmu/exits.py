@@ -143,15 +143,25 @@ def _emulation(order: Order, v: Visit) -> None:
     v.find(EMUL_RIP, fetched, v.at("a", walk) != rows["a"] + rows["b"], walk)
     fetch = v.at("b", walk) & np.uint64(16) != 0
     read = (kind == EMUL) & (behind >= 0) & np.isin(v.at("kind", behind), (ELEM, ABIT)) & inside
-    v.find(FETCHED, read & np.bool_(not order.foreign), ~fetch, walk)
+    read &= np.bool_(not order.foreign and "kvm_mmu_pagetable_walk" in order.seen)
+    v.find(FETCHED, read, ~fetch, walk)
     apart = (walk > last) & (v.before(FAULT, NESTED) <= np.maximum(v.before(RET), last)) & inside & fetch
     ended = (kind != OTHER) & (behind >= 0) & np.isin(v.at("kind", behind), (ELEM, ABIT))
-    v.find(FETCHED, ended & apart & np.isin(kind, (ENTRY, MATCH, IO, USER)), kind == kind, walk)
+    ended &= apart & np.isin(kind, (ENTRY, MATCH, IO, USER))
+    v.find(FETCHED, ended & np.bool_("kvm_emulate_insn" in order.seen), ended, walk)
     match = kind == MATCH
     v.find(MATCH_PAGE, match, (rows["a"] ^ rows["b"]) & _PAGE != 0, last)
     nested_paging = np.isin(v.at("sub", last), (NPF, EPT)) & inside
     v.find(MATCH_GPA, match & nested_paging & np.bool_(not order.nested), rows["sub"] == 0, last)
-    asked = match & (walk > emulated) & (emulated > last) & inside & (v.at("b", walk) & np.uint64(16) == 0)
+    asked = (
+        match
+        & (rows["sub"] == 1)
+        & np.isin(v.at("kind", behind), (ELEM, ABIT))
+        & (walk > emulated)
+        & (emulated > last)
+        & inside
+        & (v.at("b", walk) & np.uint64(16) == 0)
+    )
     v.find(MATCH_WALK, asked, (v.at("a", walk) ^ rows["b"]) & ~_PAGE != 0, walk)
     matched = (kind == IO) & (behind >= 0) & (v.at("kind", behind) == MATCH)
     write = v.at("c", behind) == 1
@@ -160,7 +170,7 @@ def _emulation(order: Order, v: Visit) -> None:
     told = v.before(HANDLE, MARK)
     begun = (kind == IO) & (rows["sub"] > 0) & inside & (told > last) & (emulated > told) & (v.before(IO, USER) < told)
     begun &= rows["a"] >> np.uint64(12) == v.at("a", told)
-    v.find(MATCHED, begun, ~matched, told)
+    v.find(MATCHED, begun & np.bool_("vcpu_match_mmio" in order.seen), ~matched, told)
     asked_io = (kind != OTHER) & (behind >= 0) & (v.at("kind", behind) == IO) & (v.at("sub", behind) == 2)
     asked_io &= kind != NOTE
     asked_io &= np.bool_("kvm_userspace_exit" in order.seen)
@@ -184,7 +194,7 @@ def _users(order: Order, v: Visit) -> None:
     ports = v.at("sub", last) == 0  # of a kind that is no fault
     v.find(USER_IO, user & inside & (code == _IO_EXIT), ~ports & (v.before(EMUL) < last), last)
     full = v.at("kind", behind) == FULL
-    known = (behind >= 0) & np.bool_("kvm_dirty_ring_exit" in order.seen)
+    known = (behind >= 0) & np.bool_({"kvm_dirty_ring_exit", "kvm_userspace_exit"} <= order.seen)
     v.find(USER_FULL, user & known, full != (code == _FULL_EXIT), behind)
     v.find(USER_FULL, known & full & (kind != OTHER), ~user, behind)
     of = (kind == NOTE) & (last >= 0) & np.bool_("kvm_userspace_exit" in order.seen)
@@ -198,6 +208,8 @@ def _injections(order: Order, v: Visit) -> None:
     inside = (last >= 0) & (v.at("kind", last) == EXIT)
     closing = (kind == ENTRY) & inside & (error > fault) & (fault > last) & (done > error) & (walk > fault)
     closing &= v.before(NESTED, EMUL, USER) < fault
+    closing &= np.bool_({"kvm_inj_exception", "kvm_emulate_insn"} <= order.seen)
+    closing &= v.at("a", done) == np.uint64(order.numbers["RETRY"])
     v.find(INJ_MISSING, closing, (shot < error) | (v.at("sub", shot) & 2 == 0), error)
     fresh = (kind == INJ) & (rows["sub"] & 1 == 0)
     again = (shot >= 0) & (shot > v.before(ENTRY, EXIT, USER, NESTED)) & (v.at("sub", shot) & 1 == 0)
@@ -258,10 +270,12 @@ def _requests(order: Order, v: Visit) -> None:
     previous = v.before(SET)
     frame, low_level = rows["c"] >> np.uint64(12), (level == 1) & (v.at("sub", previous) == 1)
     row = (kind == SET) & within & (previous > request) & low_level & (rows["c"] != _NO)
+    row &= np.bool_("kvm_exit" in order.seen)
     v.find(SET_FRAME, row, frame != v.at("c", previous) >> np.uint64(12), previous)
-    _frames(v, within)
+    if "kvm_exit" in order.seen:
+        _frames(v, within)
     sets = (kind == SET) & within & (v.before(SET, WERR, NESTED) < request)
-    v.find(SET_LEVEL, sets & np.bool_(not order.split_by_nx), v.at("sub", request) != rows["sub"], request)
+    v.find(SET_LEVEL, sets & np.bool_(order.large), v.at("sub", request) != rows["sub"], request)
     if order.form is None:
         return
     said, walk, change = rows["a"], v.before(WALK), v.before(CHANGE)

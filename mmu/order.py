@@ -113,7 +113,8 @@ USER_AFTER = Rule("KVM returns to user space from outside the guest", f"{_RUN}, 
 LAYOUT_RULES = tuple(rule for rule in list(globals().values()) if isinstance(rule, Rule) and "layout" in rule.needs)
 
 NEEDED = {  # events without which a rule says nothing; the kvm_ of their names left out
-    ENTER: ("exit",), LEAVE: ("entry",), RUNNING: ("exit", "entry"), FAULT_EXIT: ("exit",),
+    ENTER: ("exit",), LEAVE: ("entry",), RUNNING: ("exit", "entry"),
+    SAME_VCPU: ("entry", "exit", "userspace_exit"), WALK_WHOLE: ("mmu_pagetable_walk",), FAULT_EXIT: ("exit",),
     FAULT_MISSING: ("page_fault",),
     FAST_FAULT: ("page_fault",), FAST_MISSING: ("fast_page_fault",), RETURN_MISSING: ("*_page_fault_ret",),
     RETURN_FIXED: ("mmu_set_spte",), REQUEST_FAULT: ("page_fault",), SET_REQUEST: ("mmu_spte_requested",),
@@ -275,7 +276,7 @@ class Order:
         self.foreign = ept  # walks may be of a guest's own EPT, whose bits are others
         self.tdp_mmu = "kvm_tdp_mmu_spte_changed" in self.seen
         self.inner, self.reinjects = inner, reinjects
-        self.split_by_nx = False  # large pages have been seen that must not be executed
+        self.large = False  # large pages have been seen that may be executed: no mitigation makes them smaller
         self._kept = np.zeros(0, dtype=STEP)
 
     def add(self, rows: NDArray[Any]) -> None:
@@ -284,19 +285,18 @@ class Order:
             return
         rows = np.concatenate([self._kept, rows])
         rows = rows[np.lexsort((rows["line"], rows["task"]))]
-        self.split_by_nx |= self._mitigated(rows)
+        self.large |= self._has_large(rows)
         self._judge(Visit(rows, self.ledger))
         self._keep(rows)
 
-    def _mitigated(self, rows: NDArray[Any]) -> bool:
-        """Whether a large leaf is not executable: then faults may set a smaller page than they requested."""
+    def _has_large(self, rows: NDArray[Any]) -> bool:
+        """Whether a large leaf is executable; where none is, faults may set a smaller page than they requested."""
         if self.form is None:
-            return True
-        large = rows["b"][(rows["kind"] == SET) & (rows["sub"] > 1)]
-        bits = self.form.bits
+            return False
+        bits, large = self.form.bits, rows["b"][(rows["kind"] == SET) & (rows["sub"] > 1)]
         if self.form.ept:
-            return bool((large & np.uint64(bits.mask("X")) == 0).any())
-        return bool((large & np.uint64(bits.mask("NX")) != 0).any())
+            return bool((large & np.uint64(bits.mask("X")) != 0).any())
+        return bool((large & np.uint64(bits.mask("NX")) == 0).any())
 
     def _keep(self, rows: NDArray[Any]) -> None:
         n = len(rows)
@@ -410,6 +410,8 @@ class Order:
         sets, change = v.before(SET), v.before(CHANGE)
         mapped = (sets > fault) & (v.at("kind", v.at_index(v.previous(), sets)) == CHANGE) & (change > fault)
         was_there = (did == 1) | ((v.before(REQ) > fault) & ~mapped)
+        if "fast_page_fault" not in self.seen:  # then that the fast path said so was perhaps not recorded
+            was_there |= self._code(v.at("b", fault)) & (_P | _W) == _P | _W
         v.find(RETURN_SPURIOUS, handler & (said == number["SPURIOUS"]), ~was_there, fault)
         nothing = (did != 2) & (v.before(SET, CHANGE, MARK) < fault)
         v.find(RETURN_FIXED, handler & (said == number["FIXED"]), nothing, fault)

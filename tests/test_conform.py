@@ -71,6 +71,26 @@ def test_where_a_piece_ends_does_not_change_findings(name):
     assert small["findings"]
 
 
+@pytest.mark.parametrize("name", ["npt0_E", "npt1_tdp0_G"])
+def test_events_that_were_not_recorded_are_no_findings(name):
+    """Without any one kind of event, or with pointers hidden, a healthy trace has no finding either."""
+    lines = lines_of(name)
+    for kind in sorted({event_of(line) or "" for line in lines}):
+        assert rules("\n".join(line for line in lines if event_of(line) != kind)) == set(), kind
+    assert rules(re.sub(r"(sptep:?) ?ffff\w+", r"\1(____ptrval____)", "\n".join(lines))) == set()
+
+
+def test_a_table_may_be_removed_twice_in_two_ways():
+    """With the lock shared all 512 entries of a table are removed, with the lock held alone only those that were there."""
+    shared = [CHANGED.format(0x1000 + i, 1, OK if i == 5 else 0, 0x5A0) for i in range(512)]
+    alone = CHANGED.format(0x1005, 1, OK, 0x5A0) + CHANGED.format(0x1009, 1, OK, 0x5A0)
+    one = "".join(f" qemu-7 [000] ..... 5.{n:06}: {line}" for n, line in enumerate([*shared]))
+    two = "".join(f" qemu-7 [000] ..... 6.{n:06}: {line}\n" for n, line in enumerate(alone.splitlines()))
+    appears = " qemu-7 [000] ..... 5.900000: " + CHANGED.format(0x1005, 1, 0, OK)
+    assert rules(one + appears + two, "6.1-npt") == set()
+    assert rules(one.replace(one.splitlines(keepends=True)[100], "") + appears + two, "6.1-npt")
+
+
 # Known bugs ----------------------------------------------------------------------------------------------------------
 
 
