@@ -45,7 +45,7 @@ RULES = (LINK, UNSET, SEEN, TAKEN, MOVED)
 
 KNOWN = 1 << 20  # sptes whose last change is remembered
 HELD = 64  # lines at the end of a piece whose changes wait for what may stand out of order behind them
-CLOSE = 10_000_000  # ns: an event is printed no later than this after its change (chosen, not known)
+CLOSE = 100_000_000  # ns: an event is printed no later than this after its change (chosen; 16 ms were seen recorded)
 EPOCH = np.uint64(58)  # bits 58 to 60 of a name; they tell histories apart that a new root or a loss separates
 _NO = np.uint64(MISSING)
 _ORDERS = [(2, [1, 0]), (3, [1, 2, 0]), (3, [2, 0, 1]), (3, [2, 1, 0])]  # in which neighbours may really have come
