@@ -353,7 +353,8 @@ def _pushes(v: Visit) -> None:
         return
     v.find(PUSH_RING, push, rows["vcpu"] != v.at("vcpu", last), last)
     fault = v.before(FAULT)
-    repaired = (v.before(FAST) > fault) & (v.before(RET, EMUL, USER) < fault) & (fault > last)
+    fast = v.before(FAST)
+    repaired = (fast > fault) & (v.at("sub", fast) == 2) & (v.before(RET, EMUL, USER) < fault) & (fault > last)
     v.find(PUSH_FIRST, push, repaired, fault)
     # What comes next tells which page: a repair, a change or a set of the page that faulted.
     mine = np.isin(kind, (FAST, CHANGE, SET)) & (behind >= 0) & (v.at("kind", behind) == PUSH) & (fault > last)
