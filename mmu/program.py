@@ -222,7 +222,9 @@ class Step:
     target: str = ""  # where the condition leads
     otherwise: str = ""  # where a failed cmpxchg leads
     following: str = DONE
-    keeps: tuple[tuple[str, frozenset[str]], ...] = ()  # ((label that may come next, locals still read from there), ...)
+    keeps: tuple[
+        tuple[str, frozenset[str]], ...
+    ] = ()  # ((label that may come next, locals still read from there), ...)
 
     @property
     def reads(self) -> bool:
