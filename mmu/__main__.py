@@ -107,7 +107,7 @@ def check(options: argparse.Namespace) -> int:
             worst = STOPPED
             break
         files.append(checked)
-        if not checked.of:
+        if not checked.of and checked.complete:
             print(f"check: {path}: nothing in it to compare", file=sys.stderr)
         fine = checked.agree == checked.of and not checked.findings
         worst = max(worst, UNUSABLE if not checked.of else DONE if fine else DISAGREE)
@@ -192,10 +192,12 @@ def main(arguments: list[str] | None = None) -> int:
     report.add_parser(commands)
     for command in (one, two):
         command.add_argument("--json", action="store_true", help="print exactly one JSON object")
+    if hasattr(sys.stdout, "reconfigure"):  # not every terminal knows every character, and paths may hold any byte
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         options = parser.parse_args(arguments)
         code = options.run(options)
-        sys.stdout.flush()
+        print(end="", flush=True)
         return code
     except _Usage as error:
         print(error, file=sys.stderr)
@@ -205,8 +207,19 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _stopped(arguments)
     except BrokenPipeError:  # whoever read the output has seen enough
-        sys.stdout = open(os.devnull, "w")  # what is still buffered has nowhere to go
+        _discard_output()
         return DONE
+    except OSError as error:  # input that cannot be read was dealt with: this is the output, on a full disk
+        _discard_output()
+        print(f"{parser.prog}: {error.strerror or error}", file=sys.stderr)
+        return UNUSABLE
+
+
+def _discard_output() -> None:
+    """What is still buffered has nowhere to go: at its end Python shall not try once more."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 if __name__ == "__main__":

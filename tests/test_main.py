@@ -2,6 +2,9 @@
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -247,3 +250,30 @@ def test_several_reports_are_added_up(capsys):
     assert both["faults"]["by_code"] == {code: 2 * n for code, n in one["faults"]["by_code"].items()}
     assert both["hottest"] == [[page, 2 * n] for page, n in one["hottest"]]
     assert both["files"] == [one, one]
+
+
+def test_output_that_nobody_takes(tmp_path):
+    """A reader that leaves early is no error, a full disk is, and neither leaves a traceback or a warning behind."""
+    command = [sys.executable, "-W", "error", "-m", "mmu", "decode", "pfec", "100000007"]
+    left, right = os.pipe()
+    os.close(left)
+    with open(right, "wb") as broken, open("/dev/full", "wb") as full:
+        early = subprocess.run(command, stdout=broken, stderr=subprocess.PIPE, text=True, check=False)
+        late = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (early.returncode, early.stderr) == (0, "")
+    assert (late.returncode, late.stderr) == (2, "python -m mmu: No space left on device\n")
+
+
+def test_output_in_ascii(tmp_path):
+    """Where the terminal knows ASCII alone, and a path holds a byte that is no text, what is printed is escaped."""
+    odd = os.fsencode(tmp_path) + b"/\xff.json"
+    with open(odd, "wb") as file:
+        file.write(LITMUS.read_bytes())
+    said = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "mmu", "check", odd],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        check=False,
+    )
+    assert (said.returncode, said.stderr) == (0, b"")
+    assert said.stdout.splitlines()[-1] == b"agree 186 of 186"
