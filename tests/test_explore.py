@@ -531,3 +531,18 @@ def test_programs_that_tell_vcpus_apart():
         assert small.full_states == full.states
     with pytest.raises(ProgramError, match="tells vCPUs apart"):
         explore(looping(2), "SC", canonical=True, bad="spte.id == 2")
+
+
+@pytest.mark.parametrize(
+    ("variant", "sc", "tso"),
+    [
+        ("cmpxchg-id", (505, 1213, 14), (650, 1594, 16)),
+        ("cmpxchg-shared-id", (431, 1019, 15), (563, 1361, 17)),
+        ("rmw-id", (431, 1029, 14), (690, 1709, 18)),
+        ("rmw-shared-id", (357, 835, 15), (603, 1476, 19)),
+    ],
+)
+def test_variants_that_read_before_they_mark(variant, sc, tso):
+    """Variants with a local have the states that an enumerator without this language finds: dead locals are one."""
+    found = [explore(program("one-shot", variant, 3), memory) for memory in ("SC", "TSO")]
+    assert [(result.states, result.transitions, result.depth) for result in found] == [sc, tso]
