@@ -485,14 +485,19 @@ def test_text_on_the_command_line(capsys):
         (["--model", "zap", "--variant", "no-mb"], "means nothing for the model zap"),
         (["--model", "nothing"], "there is no model 'nothing'"),
         (["--vcpus", "1"], "it takes 2 at least"),
+        (["--vcpus", "999999999"], "it takes 64 at most"),
         (["--model", "looping", "--variant", "cmpxchg-id", "--vcpus", "7", "--canonical"], "5040 permutations"),
     ],
 )
 def test_unusable_on_the_command_line(capsys, arguments, message):
-    """What cannot be explored ends with exit code 2, a reason on stderr and nothing on stdout."""
-    code, out, err = run(capsys, *arguments, "--json")
+    """What cannot be explored ends with exit code 2 and a reason on stderr; stdout has it too, or stays empty."""
+    code, out, err = run(capsys, *arguments)
     assert (code, out) == (2, "")
     assert message in err
+    code, out, err = run(capsys, *arguments, "--json")
+    record = json.loads(out)
+    assert code == 2 and message in err and message in record["error"]
+    assert (record["states"], record["verdict"], record["complete"]) == (0, "unknown", False)
 
 
 def test_stopped_on_the_command_line(capsys):
