@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from mmu import pfec, rounds, spte
 from mmu.causes import CAUSES
-from mmu.kernel import PATHS
+from mmu.kernel import PATHS, SPURIOUS
 from mmu.rounds import Rounds
 from mmu.widgets.player import Player
 
@@ -36,9 +36,13 @@ KINDS: Mapping[str, Callable[[Rounds], list[str]]] = {
     "cause": lambda result: [CAUSES[cause] for cause in result.caused.cause.tolist()],
     "code": _code,
     "entry met": _entry,
+    "walk": lambda result: [
+        "walk without the lock" if path <= SPURIOUS else "walk under the lock"
+        for path in result.faults["path"].tolist()
+    ],
     "path": lambda result: [PATHS[path] for path in result.faults["path"].tolist()],
 }
-"""What faults can be sorted by: their cause, their error code, the spte that they met, what became of them."""
+"""What faults can be sorted by: cause, error code, the spte they met, how KVM walked to it, what became of them."""
 
 
 def told(machine: str, result: Rounds) -> str:
@@ -67,7 +71,7 @@ class RoundsPlayer(Player):
     """Choose how often the dirty log is read and how much is written; see each round's faults on several machines.
 
     Every setting is a run of the simulated guest, made here; with a kernel, any other one too. Chapter 4; with other
-    kinds in chapters 2, 3 and 8.
+    kinds in chapters 2, 3, 5 and 8.
 
     Args:
         by: what faults are sorted by, a key of ``KINDS``.
