@@ -50,7 +50,8 @@ def fault_lanes(recordings: Mapping[str, tuple[Caused, Caused]]) -> Picture:
             for reading in np.flatnonzero(np.diff(seen.epoch)) + 0.5:
                 axes.vlines(reading, -0.5, len(rows) - 0.5, color=INK, linewidth=0.7, linestyle=":", zorder=0)
             if is_narrow():  # a line of its own, from the left edge
-                axes.annotate(name, (0.01, -1.75), xycoords=("figure fraction", "data"), va="center", weight="bold")
+                place = {"xycoords": ("figure fraction", "data"), "va": "center", "weight": "bold"}
+                axes.annotate(name, (0.01, -1.75), **place).set_in_layout(False)
             else:
                 axes.text(0, -0.85, name, ha="left", va="center", weight="bold")
             axes.set_yticks(range(len(rows)), [CAUSES[cause] for cause in rows], size=9)
@@ -59,6 +60,8 @@ def fault_lanes(recordings: Mapping[str, tuple[Caused, Caused]]) -> Picture:
             axes.tick_params(axis="x", labelsize=8)
             axes.spines["left"].set_visible(False)
             findings.append(_finding(name, seen, said))
+        if is_narrow():
+            figure.get_layout_engine().set(rect=(0, 0, 0.97, 1))  # room for the second column of counts
         sep = "\n" if is_narrow() else " "
         panels[-1].set_xlabel(f"faults in order; upper ticks recorded,{sep}lower ticks predicted", size=9)
     return Picture(figure, " ".join(findings))

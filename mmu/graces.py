@@ -222,5 +222,5 @@ def pages_waiting(runs: Mapping[str, Freeing], span: float) -> Picture:
             axes.set_ylabel("pages")
             axes.text(0.01, 0.97, name, transform=axes.transAxes, va="top", color=style["color"], weight="bold", size=9)
             findings.append(f"{name}: at most {int(count.max())} waiting at a time")
-        panels[-1].set(xlabel="milliseconds", xlim=(0, span / 1e6), ylim=(0, None))
+        panels[-1].set(xlabel="milliseconds", xlim=(0, span / 1e6), ylim=(0, 1.25 * panels[-1].get_ylim()[1]))
     return Picture(figure, f"Pages that wait to be freed, over {span / 1e6:g} ms. {'; '.join(findings)}.")
