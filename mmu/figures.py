@@ -259,11 +259,11 @@ class Row(NamedTuple):
 
 @two_widths
 def ribbon(rows: Sequence[Row | tuple[str, int, Layout | SpteLayout | str]]) -> Picture:
-    """Words as 64 cells each, the highest bit on the left: set is filled with its letter, clear is outlined.
+    """Words as 64 cells each, the highest bit first: set is filled with its letter, clear is outlined.
 
-    On a phone each word has four rows of 16 cells. Bits that only KVM reads are round, those that the CPU reads are
-    square, bits without a name are dots. A bit that differs from the row above, where that row has the same layout, is
-    underlined.
+    A word has two rows of 32 cells, on a phone four of 16. Bits that only KVM reads are round, those that the CPU reads
+    are square, bits without a name are dots; below stands which letter means which name, where it is not the first. A
+    bit that differs from the row above, where that row has the same layout, is underlined.
 
     Args:
         rows: the words from top to bottom; a layout is a :class:`mmu.bits.Layout`, an spte's, or its name.
@@ -274,7 +274,7 @@ def ribbon(rows: Sequence[Row | tuple[str, int, Layout | SpteLayout | str]]) -> 
     'before 0x625ae65: set are P, U, A, D, HOST_W, MMU_W, MMU_P, PFN 0x625a; after 0x625ae67: 1 bit differs, W 0 to 1.'
     """
     words = [_Word(label, int(word), *_bits_of(layout)) for label, word, layout in rows]
-    grid = _Grid(360, 16, 18) if is_narrow() else _Grid(700, WORD_BITS, 17)
+    grid = _Grid(360, 16, 18) if is_narrow() else _Grid(700, 32, 20)
     last = [i + 1 == len(words) or words[i + 1].layout is not words[i].layout for i in range(len(words))]
     lines: list[tuple[int, int, float]] = []  # (word, line of its cells, y of these)
     y = 4.0
@@ -283,8 +283,8 @@ def ribbon(rows: Sequence[Row | tuple[str, int, Layout | SpteLayout | str]]) -> 
         for line in range(WORD_BITS // grid.columns):
             lines.append((i, line, y + 11))
             y += grid.cell + 18 + (grid.name_height(word.layout, line) if last[i] else 0)
-    software = any(word.software for word in words)
-    height = ceil(y + (18 if software else 0))
+    key = _ribbon_key(words)
+    height = ceil(y + 17 * len(key))
     with canvas(grid.width * PIXEL, height * PIXEL) as figure:
         axes = _pixels(figure, grid.width, height)
         for i, line, top in lines:
@@ -297,12 +297,21 @@ def ribbon(rows: Sequence[Row | tuple[str, int, Layout | SpteLayout | str]]) -> 
             _draw_cells(axes, grid, word, before, line, top)
             if last[i]:
                 _draw_names(axes, grid, word.layout, line, top)
-        if software:
-            key = "square: the CPU reads the bit; round: only KVM does" + (
-                "" if is_narrow() else "; dot: it has no name"
-            )
-            axes.text(grid.margin, height - 9, key, size=8.5, va="center", color=FAINT)
+        for line, said in enumerate(key):
+            axes.text(grid.margin, y + 17 * line + 9, said, size=8.5, va="center", color=FAINT)
     return Picture(figure, _ribbon_text(words))
+
+
+def _ribbon_key(words: Sequence[_Word]) -> list[str]:
+    """What shapes and letters mean, in lines."""
+    lines = []
+    if any(word.software for word in words):
+        lines += [
+            "square: the CPU reads the bit; round: only KVM does" + ("" if is_narrow() else "; dot: it has no name")
+        ]
+    names = dict.fromkeys(name for word in words for name, value in word.layout.unpack(word.value).items() if value)
+    letters = ", ".join(f"{_LETTERS[name]} is {name}" for name in names if name in _LETTERS)
+    return lines + textwrap.wrap(letters, 52 if is_narrow() else 100)
 
 
 class _Word(NamedTuple):
@@ -340,11 +349,11 @@ class _Grid(NamedTuple):
             cells = [self.x(bit) for bit in self.bits(line) if field.low <= bit <= field.top]
             if cells:
                 left, right = min(cells), max(cells) + self.pitch
-                found.append((field.name, left, right, len(cells) > 1, right - left > 5.5 * len(field.name)))
+                found.append((field.name, left, right, len(cells) > 1, right - left > 7.0 * len(field.name)))
         return found
 
     def name_height(self, layout: Layout, line: int) -> float:
-        return max((14 if fits else 6 + 5.6 * len(n)) + 5 * many for n, *_, many, fits in self.spans(layout, line)) + 4
+        return max((14 if fits else 6 + 6.4 * len(n)) + 5 * many for n, *_, many, fits in self.spans(layout, line)) + 4
 
 
 def _bits_of(layout: Layout | SpteLayout | str) -> tuple[Layout, tuple[str, ...]]:
@@ -371,7 +380,7 @@ def _draw_cells(axes: Axes, grid: _Grid, word: _Word, before: int, line: int, to
         x, name, on = grid.x(bit), name_of.get(bit), word.value >> bit & 1
         centre = x + grid.pitch / 2
         if bit % 4 == 0 or bit == WORD_BITS - 1:
-            axes.text(centre, top - 5, f"{bit}", size=6.5, color=FAINT, **middle)
+            axes.text(centre, top - 5, f"{bit}", size=7, color=FAINT, **middle)
         if name is None and not on:
             axes.plot(centre, top + grid.cell / 2, marker=".", color=FAINT, markersize=2)
             continue
@@ -395,7 +404,7 @@ def _draw_names(axes: Axes, grid: _Grid, layout: Layout, line: int, top: float) 
         if many:
             x, y = [left + 1, left + 1, right - 1, right - 1], [below - 2, below + 1, below + 1, below - 2]
             axes.plot(x, y, color=INK, linewidth=0.8)
-        place = {"rotation": 0, "size": 7.5} if fits else {"rotation": 90, "size": 6.8}
+        place = {"rotation": 0, "size": 7.5} if fits else {"rotation": 90, "size": 6.8 if is_narrow() else 8}
         axes.text((left + right) / 2, below + (4 if many else 1), name, ha="center", va="top", **place)
 
 

@@ -25,7 +25,7 @@ _STYLE = (
 
 @two_widths
 def grace_period(walks: Walks, at: float, before: float, after: float) -> Picture:
-    """One replica's walks around the unlinking of a page, one lane a vCPU, time downward; beside them the freer.
+    """One replica's walks around the unlinking of a page, one lane a vCPU, time downward; beside them the reclaimer.
 
     Args:
         walks: drawn walks; the first replica is shown.
@@ -70,7 +70,7 @@ def grace_period(walks: Walks, at: float, before: float, after: float) -> Pictur
         for when, word in ((at, "unlinked"), (freed, "freed")):
             axes.axhline(when, color=INK, linewidth=1.0, linestyle=(0, (4, 3)), zorder=0)
             axes.text(vcpus + 0.2, when, word, size=9.5, weight="bold", va="center", backgroundcolor=PAPER)
-        heads = [*(f"vCPU{sep}{vcpu}" for vcpu in range(vcpus)), f"the{sep}freer"]
+        heads = [*(f"vCPU{sep}{vcpu}" for vcpu in range(vcpus)), f"the{sep}reclaimer"]
         axes.set_xticks(range(vcpus + 1), heads)
         if is_narrow():
             axes.set_xlabel("thick: may stand on the page;\nthin: gone before, or too late to find it", size=9)

@@ -1,9 +1,10 @@
-"""Where to begin and where to end: each way to place a reader's announcement and a freer's look, as a program.
+"""Where to begin and where to end: each way to place a reader's announcement and a reclaimer's look, as a program.
 
 A walk has two steps: it reads the entry that leads to a page, and it uses the page. Around and between them stand a
-begin and an end, which set and clear a flag; the freer unlinks the page and looks at the flag, in some order or not at
-all; on each side a barrier may stand. :data:`ALL` has every combination. Chapter 5 plays with them, and what is said
-about each comes from its state graph, :func:`mmu.board.board`.
+begin and an end, which set and clear a flag; the reclaimer unlinks the page and looks at the flag, in some order or
+not at all; on each side a barrier may stand. :data:`ALL` has every combination. Chapter 5 plays with them, and what is said
+about each comes from its state graph, :func:`mmu.board.board`. A step is labelled as in the model of Linux 3.6
+(``walk-mode`` in :mod:`mmu.protocols`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ PLACES = (FIRST, BETWEEN, LAST)
 """Where a begin or an end may stand: before the entry is read, between that and the use of the page, after it."""
 NEVER, TOO_EARLY, IN_TIME = "never", "before unlinking", "after unlinking"
 LOOKS = (NEVER, TOO_EARLY, IN_TIME)
-"""When the freer looks at the flag, and waits while it is set."""
+"""When the reclaimer looks at the flag, and waits while it is set."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,15 @@ class Placing:
         begin: where the flag is set, one of :data:`PLACES` or ``"nowhere"``.
         end: where it is cleared; not before ``begin``, and nowhere if there is no begin.
         reader_mb: a full barrier stands behind the begin.
-        looks: when the freer looks, one of :data:`LOOKS`.
-        freer_mb: a full barrier stands between the freer's first two steps.
+        looks: when the reclaimer looks, one of :data:`LOOKS`.
+        reclaimer_mb: a full barrier stands between the reclaimer's first two steps.
     """
 
     begin: str
     end: str
     reader_mb: bool
     looks: str
-    freer_mb: bool
+    reclaimer_mb: bool
 
     def __post_init__(self) -> None:
         if self.begin == self.end == NOWHERE:
@@ -48,27 +49,27 @@ class Placing:
     def walk(self) -> list[str]:
         """The reader's steps."""
         steps = []
-        for place, own in zip(PLACES, ("R1  page = entry", "R2  if page and freed: oops", ""), strict=True):
+        for place, own in zip(PLACES, ("R2  page = entry", "R3  if page and freed: oops", ""), strict=True):
             if self.begin == place:
-                steps += ["B   mode[me] = 1"] + ["BB  smp_mb"] * self.reader_mb
+                steps += ["R1  mode[me] = 1"] + ["RB  smp_mb"] * self.reader_mb
             if self.end == place:
-                steps += ["E   mode[me] = 0"]
+                steps += ["R4  mode[me] = 0"]
             steps += [own] * bool(own)
         return steps
 
     def free(self) -> list[str]:
-        """The freer's steps."""
-        unlink, look = "Z1  entry = 0", "Z2[r]  wait not mode[r]"
+        """The reclaimer's steps."""
+        unlink, look = "Z0  entry = 0", "Z2[r]  wait not mode[r]"
         first, *rest = {NEVER: [unlink], TOO_EARLY: [look, unlink], IN_TIME: [unlink, look]}[self.looks]
-        return [first, *["ZB  smp_mb"] * self.freer_mb, *rest, "Z3  freed = 1"]
+        return [first, *["Z1  smp_mb"] * self.reclaimer_mb, *rest, "Z3  freed = 1"]
 
     def program(self, vcpus: int = 2) -> Program:
         """The program for so many vCPUs, of which the last frees.
 
         >>> print(Placing("before", "after", True, "after unlinking", True).program().text.partition("free:")[2])
         <BLANKLINE>
-            Z1  entry = 0
-            ZB  smp_mb
+            Z0  entry = 0
+            Z1  smp_mb
             Z2[r]  wait not mode[r]
             Z3  freed = 1
         oops: 0
@@ -81,7 +82,7 @@ class Placing:
 
 _PAIRS = [(NOWHERE, NOWHERE), *((b, e) for b, e in product(PLACES, PLACES) if PLACES.index(b) <= PLACES.index(e))]
 ALL = tuple(
-    Placing(begin, end, reader_mb, looks, freer_mb)
-    for (begin, end), reader_mb, looks, freer_mb in product(_PAIRS, (False, True), LOOKS, (False, True))
+    Placing(begin, end, reader_mb, looks, reclaimer_mb)
+    for (begin, end), reader_mb, looks, reclaimer_mb in product(_PAIRS, (False, True), LOOKS, (False, True))
 )
 """Every combination."""

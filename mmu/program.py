@@ -2,7 +2,7 @@
 
 The same text is what a chapter prints, what a variant edits, what :mod:`mmu.explore` searches and what a game plays.
 Chapter 6 introduces the language with store buffering; chapters 7 to 10 write the protocol of 2012 in it, chapter 5 a
-page walk against its freeing, chapter 12 the design that Linux merged. :mod:`mmu.protocols` holds those texts.
+page walk against a reclaimer, chapter 12 the design that Linux merged. :mod:`mmu.protocols` holds those texts.
 
 A text declares words, then paths, then what must never be seen::
 
@@ -271,7 +271,7 @@ class Step:
         if verb in ("take", "release"):
             return f"{verb}s {word.name}"
         if self.kind == "read":
-            return f"{'waits until' if self.guard else 'reads'} {word.show(seen)}"
+            return f"finds {word.show(seen)}, goes on" if self.guard else f"reads {word.show(seen)}"
         values = {name: value.value(outcome.env) for name, value in self.new}
         new = _show(word, values)
         if self.old:

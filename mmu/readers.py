@@ -1,9 +1,10 @@
-"""Readers and a freer in time: how long who frees a table page has to wait, and what the reader's announcement costs.
+"""Readers and a reclaimer in time: how long freeing a table page has to wait, and what a reader's announcement costs.
 
-Each vCPU walks a page table again and again; a freer takes pages out of the table and may give one back only when
-every walk that could still stand on it has ended. Two ways to wait are compared (chapter 5): Linux 3.4 hands the page
-to RCU and goes on, Linux 3.6 waits by itself. And two ways to announce a walk: one counter that all vCPUs write, and a
-flag for each. Times are nanoseconds, float64. Whoever draws hands in a ``numpy.random.Generator``.
+Each vCPU walks a page table again and again; a reclaimer takes pages out of the table and may give one back only when
+every walk that could still stand on it has ended. Two ways to wait are compared (chapter 5). Both flush the TLBs first.
+Linux 3.4 then hands the page to RCU and goes on; in Linux 3.6 the flush itself waits for the readers. And two ways to
+announce a walk: one counter that all vCPUs write, and a flag for each. Times are nanoseconds, float64. Whoever draws
+hands in a ``numpy.random.Generator``.
 
 The simulation knows no theory: walks are drawn one after the other and looked up by time. The closed forms beside it,
 from renewal theory and queueing theory, are what its tests hold it against.
@@ -198,7 +199,7 @@ def draw(rng: np.random.Generator, readers: Readers, replicas: int, span: float)
 
 
 def stalls(rng: np.random.Generator, readers: Readers, replicas: int, span: float) -> Floats:
-    """How long a freer that comes once, at a random time, waits for the readers it meets, ns ``# (replica,)``.
+    """How long a reclaimer that comes once, at a random time, waits for the readers it meets, ns ``# (replica,)``.
 
     It comes in the second half of the span, which is to be some tens of cycles; by then the start is forgotten.
     """
@@ -236,8 +237,10 @@ def requests(rng: np.random.Generator, replicas: int, pages: int, span: float) -
     return np.sort(rng.random((replicas, pages), dtype=np.float64) * span, axis=-1)
 
 
-def deferred(walks: Walks, wanted: Floats, detect: float = 0.0, at_once: bool = True) -> Freeing:
-    """Linux 3.4: unlink at once and never wait; if anybody reads, a callback frees the page after a grace period.
+def deferred(
+    walks: Walks, wanted: Floats, detect: float = 0.0, at_once: bool = True, round_trip: float = 0.0
+) -> Freeing:
+    """Linux 3.4: unlink and flush, never wait for readers; if any read, a callback frees after a grace period.
 
     One grace period runs at a time. It begins when a page needs one and none is under way, or when the last one ends;
     it ends when all who were reading at its begin are out, ``detect`` ns later. It frees what was unlinked before it.
@@ -246,17 +249,22 @@ def deferred(walks: Walks, wanted: Floats, detect: float = 0.0, at_once: bool = 
         walks: what the readers do.
         wanted: when each page is to go, in order ``# (replica, page)``.
         detect: how long it takes to notice that a grace period is over, ns.
-        at_once: free at once what is unlinked while nobody reads, as 3.4 did after a look at its counter.
+        at_once: free at once what nobody reads after the flush, as 3.4 did after a look at its counter.
+        round_trip: what a flush costs, ns; the reclaimer flushes for one page after the other, and looks then.
     """
-    free = walks.quiet(wanted) == wanted if at_once else np.zeros(wanted.shape, dtype=np.bool)
-    freed = np.where(free, wanted, np.inf)
-    queue = np.where(free, np.inf, wanted)  # (replica, page) unlinked pages that need a grace period
+    spent = round_trip * np.arange(1, wanted.shape[-1] + 1, dtype=np.float64)
+    looks = np.maximum.accumulate(wanted - spent, axis=-1) + spent + round_trip  # (replica, page) its flush is over
+    unlinked = looks - round_trip
+    seen = np.minimum(looks, walks.span)
+    free = (walks.quiet(seen) == seen) & (looks <= walks.span) & at_once
+    freed = np.where(free, looks, np.inf)
+    queue = np.where(free, np.inf, looks)  # (replica, page) unlinked pages that need a grace period
     over = np.zeros((wanted.shape[0], 1), dtype=np.float64)
     while True:
         begin = np.maximum(over, queue.min(axis=-1, keepdims=True))
         running = begin <= walks.span  # (replica, 1)
         if not running.any():
-            return Freeing(wanted, freed)
+            return Freeing(unlinked, freed)
         over = np.where(running, walks.quiet(np.minimum(begin, walks.span)) + detect, np.inf)
         covered = (queue <= begin) & running
         freed = np.where(covered, over, freed)
@@ -266,7 +274,7 @@ def deferred(walks: Walks, wanted: Floats, detect: float = 0.0, at_once: bool = 
 def waited(walks: Walks, wanted: Floats, round_trip: float = 0.0, batch: int = 1) -> Freeing:
     """Linux 3.6: unlink a batch of pages, flush and wait until all who were reading are out, free the batch.
 
-    The freer does one batch after the other; a page wanted meanwhile stays in the table, in use, until its turn.
+    The reclaimer does one batch after the other; a page wanted meanwhile stays in the table, in use, until its turn.
 
     Args:
         walks: what the readers do.
@@ -374,12 +382,12 @@ def counter_rate(vcpus: int, think: float, service: float) -> float:
 def flag_rate(readers: Readers, transfer: float, own: float, looks: float) -> float:
     """Walks per second of all vCPUs together when each announces its walks in a flag of its own.
 
-    A flag's line stays with its vCPU until a freer has looked at it; then the next write must fetch it. Freers come as
-    a Poisson stream.
+    A flag's line stays with its vCPU until a reclaimer has looked at it; then the next write must fetch it. Reclaimers
+    come as a Poisson stream.
 
     Args:
         transfer, own: ns for a write with a full barrier to a line that is elsewhere, or here.
-        looks: ns between two freers.
+        looks: ns between two reclaimers.
     """
     total = readers.cycle
     for times in (readers.walk, readers.gap):  # a look while walking costs the end's write, one in the gap the begin's

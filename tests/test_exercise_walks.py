@@ -63,8 +63,8 @@ def test_barriers():
     """One condition tells all verdicts; each simpler one is refused with a schedule or a number of states."""
 
     def breaks(scheme, left_out, memory):
-        freer = left_out in ("no-protect-mb", "no-mb")
-        return memory == "TSO" and (freer or (left_out == "no-fault-mb" and scheme == "walk-mode"))
+        reclaimer = left_out in ("no-protect-mb", "no-mb")
+        return memory == "TSO" and (reclaimer or (left_out == "no-fault-mb" and scheme == "walk-mode"))
 
     check = walks.barriers()
     assert check(breaks).right
@@ -87,4 +87,4 @@ def test_the_wait():
         lambda vcpus, busy, left: float("nan"),
     ):
         result = check(law)
-        assert not result.right and "simulated freers" in result.message
+        assert not result.right and "simulated reclaimers" in result.message

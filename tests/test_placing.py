@@ -24,21 +24,21 @@ def test_each_is_there_once():
 
 
 @pytest.mark.parametrize(
-    ("reader_mb", "freer_mb", "variant"),
+    ("reader_mb", "reclaimer_mb", "variant"),
     [(True, True, "no-end-mb"), (False, True, "no-fault-mb"), (True, False, "no-protect-mb"), (False, False, "no-mb")],
 )
-def test_the_right_one_is_that_of_linux_36(reader_mb, freer_mb, variant):
+def test_the_right_one_is_that_of_linux_36(reader_mb, reclaimer_mb, variant):
     """With and without its barriers it breaks in as many moves as the model of Linux 3.6 does."""
-    ours = board(Placing(FIRST, LAST, reader_mb, IN_TIME, freer_mb).program(), "TSO")
+    ours = board(Placing(FIRST, LAST, reader_mb, IN_TIME, reclaimer_mb).program(), "TSO")
     assert ours.left[0] == board(program("walk-mode", variant, 2), "TSO").left[0]
 
 
 def test_steps_stand_where_they_are_placed():
     """Begin, end, barriers and look appear at their places in the text."""
     other = Placing(BETWEEN, BETWEEN, True, TOO_EARLY, True)
-    assert [step.split()[0] for step in other.walk()] == ["R1", "B", "BB", "E", "R2"]
-    assert [step.split()[0] for step in other.free()] == ["Z2[r]", "ZB", "Z1", "Z3"]
-    assert [step.split()[0] for step in ALL[0].walk() + ALL[0].free()] == ["R1", "R2", "Z1", "Z3"]
+    assert [step.split()[0] for step in other.walk()] == ["R2", "R1", "RB", "R4", "R3"]
+    assert [step.split()[0] for step in other.free()] == ["Z2[r]", "Z1", "Z0", "Z3"]
+    assert [step.split()[0] for step in ALL[0].walk() + ALL[0].free()] == ["R2", "R3", "Z0", "Z3"]
 
 
 @pytest.mark.parametrize(("begin", "end"), [(LAST, FIRST), (FIRST, NOWHERE), (NOWHERE, LAST), ("here", LAST)])

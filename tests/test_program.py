@@ -122,10 +122,10 @@ def test_dead_locals_are_forgotten():
 
 def test_each_actor_has_its_own_copy():
     """A word declared for each vCPU is reached by its owner's index, and a step labelled with [r] is repeated."""
-    freer = program("walk-mode", "seed", 3)
-    assert [word.name for word in freer.words] == ["entry", "freed", "mode[0]", "mode[1]", "mode[2]"]
-    assert [step.label for step in freer.paths[2]["free"]] == ["Z0", "Z1", "Z2[0]", "Z2[1]", "Z3"]
-    assert freer.paths[1]["walk"][0].text == "mode[1] = 1"
+    reclaimer = program("walk-mode", "seed", 3)
+    assert [word.name for word in reclaimer.words] == ["entry", "freed", "mode[0]", "mode[1]", "mode[2]"]
+    assert [step.label for step in reclaimer.paths[2]["free"]] == ["Z0", "Z1", "Z2[0]", "Z2[1]", "Z3"]
+    assert reclaimer.paths[1]["walk"][0].text == "mode[1] = 1"
 
 
 def test_expressions_take_arrays():

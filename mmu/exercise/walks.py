@@ -1,4 +1,4 @@
-"""The exercises of chapter 5: protect a walk, know which barrier counts, and say how long a freer waits."""
+"""The exercises of chapter 5: protect a walk, know which barrier counts, and say how long a reclaimer waits."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def barriers() -> Exercise:
 
 
 def wait_law(replicas: int = 6_000) -> Callable[[Callable[[int, float, float], float]], Result]:
-    """How likely a freer's wait is over in time: ``(vcpus, busy, left)`` to a probability, held against simulation.
+    """How likely a reclaimer's wait is over in time: ``(vcpus, busy, left)`` to a probability, held against simulation.
 
     ``busy`` is the probability that a vCPU is inside a walk, ``left`` that a walk which is met ends in time.
     """
@@ -120,8 +120,10 @@ def wait_law(replicas: int = 6_000) -> Callable[[Callable[[int, float, float], f
                 return Result(
                     False,
                     f"Not yet: with {readers.vcpus} vCPUs and {kind} walks of {readers.walk.mean:.0f} ns you say "
-                    f"{said:.3f} for {x:.0f} ns; of {replicas:,} simulated freers {seen:.3f} waited no longer.",
+                    f"{said:.3f} for {x:.0f} ns; of {replicas:,} simulated reclaimers {seen:.3f} waited no longer.",
                 )
-        return Result(True, f"Right: within what {replicas:,} simulated freers can tell, in all {len(cases)} cases.")
+        return Result(
+            True, f"Right: within what {replicas:,} simulated reclaimers can tell, in all {len(cases)} cases."
+        )
 
     return answer

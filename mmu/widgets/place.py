@@ -1,4 +1,4 @@
-"""The player of chapter 5: place a walk's begin and end, and the freer's look, so that no order is bad."""
+"""The player of chapter 5: place a walk's begin and end, and the reclaimer's look, so that no order is bad."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class PlacePlayer(Player):
         states = [_state(placing, says) for placing in ALL]
         safe = sum(all(verdict["left"] < 0 for verdict in state["verdicts"]) for state in states)
         super().__init__(
-            alt=f"A page walk and a freer, step by step; you choose where begin, end, the freer's look and two "
+            alt=f"A page walk and a reclaimer, step by step; you choose where begin, end, the reclaimer's look and two "
             f"barriers stand. Of {len(ALL)} choices {safe} is safe under {' and '.join(_MEMORIES)}; each other one is "
             "answered with a shortest schedule that breaks it.",
             data={
@@ -35,8 +35,8 @@ class PlacePlayer(Player):
                     {"name": "begin", "options": [NOWHERE, *PLACES]},
                     {"name": "end", "options": [NOWHERE, *PLACES]},
                     {"name": "barrier after begin", "options": ["no", "yes"]},
-                    {"name": "freer looks", "options": list(LOOKS)},
-                    {"name": "freer's barrier", "options": ["no", "yes"]},
+                    {"name": "reclaimer looks", "options": list(LOOKS)},
+                    {"name": "reclaimer's barrier", "options": ["no", "yes"]},
                 ],
                 "memories": list(_MEMORIES),
                 "keys": [_choice(placing) for placing in ALL],
@@ -52,7 +52,7 @@ def _choice(placing: Placing) -> list[int]:
     """A placing as the number of the option chosen in each row."""
     places = [NOWHERE, *PLACES]
     begin, end, looks = places.index(placing.begin), places.index(placing.end), LOOKS.index(placing.looks)
-    return [begin, end, int(placing.reader_mb), looks, int(placing.freer_mb)]
+    return [begin, end, int(placing.reader_mb), looks, int(placing.reclaimer_mb)]
 
 
 def _state(placing: Placing, says: dict[str, int]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ TARGET = 10.0
 
 
 def plain(readers: Readers, replicas: int, span: float, seed: int) -> list[float]:
-    """What a freer waits in each replica, one walk at a time."""
+    """What a reclaimer waits in each replica, one walk at a time."""
     draw = random.Random(seed).expovariate
     uniform = random.Random(seed + 1).random
     walk, gap, waits = 1 / readers.walk.mean, 1 / readers.gap.mean, []
@@ -59,7 +59,7 @@ def rows(walks: int = WALKS, runs: int = 5) -> list[dict[str, object]]:
         mine, theirs = 1e-6 * statistics.median(ours), 1e-6 * statistics.median(peer)
         found.append(
             {
-                "name": f"walks of {vcpus} vCPUs in {replicas:,} replicas, each met by a freer (target in walks)",
+                "name": f"walks of {vcpus} vCPUs in {replicas:,} replicas, each met by a reclaimer (target in walks)",
                 "ours": round(mine, 2),
                 "peer": "plain Python, one walk at a time",
                 "peer_value": round(theirs, 3),

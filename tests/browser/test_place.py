@@ -12,7 +12,7 @@ from mmu.placing import ALL, LOOKS, NOWHERE, PLACES, Placing
 from .test_pages import PAGES
 
 PAGE = "book/05-walk-and-free.html"
-ROWS = ("begin", "end", "barrier after begin", "freer looks", "freer's barrier")
+ROWS = ("begin", "end", "barrier after begin", "reclaimer looks", "reclaimer's barrier")
 HAVE = [NOWHERE, *PLACES]
 
 
@@ -29,9 +29,9 @@ def said(placing):
 
 def pushed(placing, row, option):
     """The placing after one choice: begin and end come and go together, and push one another along."""
-    begin, end, reader_mb, looks, freer_mb = (
+    begin, end, reader_mb, looks, reclaimer_mb = (
         HAVE.index(placing.begin), HAVE.index(placing.end), placing.reader_mb, LOOKS.index(placing.looks),
-        placing.freer_mb,
+        placing.reclaimer_mb,
     )  # fmt: skip
     if row == 0:
         begin, end = option, 0 if option == 0 else max(end or 3, option)
@@ -42,14 +42,14 @@ def pushed(placing, row, option):
     elif row == 3:
         looks = option
     else:
-        freer_mb = bool(option)
-    return Placing(HAVE[begin], HAVE[end], reader_mb, LOOKS[looks], freer_mb)
+        reclaimer_mb = bool(option)
+    return Placing(HAVE[begin], HAVE[end], reader_mb, LOOKS[looks], reclaimer_mb)
 
 
 def chosen(placing, row):
     """Which option of a row a placing has."""
     places = HAVE.index(placing.begin), HAVE.index(placing.end), int(placing.reader_mb), LOOKS.index(placing.looks)
-    return (*places, int(placing.freer_mb))[row]
+    return (*places, int(placing.reclaimer_mb))[row]
 
 
 def test_the_page_is_built():

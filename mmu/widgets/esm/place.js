@@ -54,7 +54,7 @@ function render({ model, el }) {
       buttons.forEach((button, number) => button.setAttribute("aria-pressed", String(choice[which] === number)));
     });
     [walk, free].forEach((steps, a) => sides[a].code.replaceChildren(...steps.map((text) => {
-      const own = /^(R|Z1|Z3)/.test(text);
+      const own = /^(R2|R3|Z0|Z3)/.test(text);
       return h("li", { "data-placed": own ? "no" : "yes" }, h("code", {}, text));
     })));
     const told = verdicts.map(({ states, left }, m) => `${memories[m]}: ${left < 0 ? "safe" : `OOPS in ${left} moves`} (${states} states)`);
