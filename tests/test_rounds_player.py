@@ -41,3 +41,12 @@ def test_a_page_has_no_kernel(player):
     assert len(player.data["runs"]) == 1
     assert "live" not in player.data
     assert player.live == [list(field) for field in RoundsPlayer.fields]
+
+
+def test_a_player_opens_where_it_is_told():
+    """A start is shown first, by its place among the values; without one the data names none."""
+    opened = RoundsPlayer(intervals=(16, 32), shares=(0.5,), edits=(0, 4), start=(32, 0.5, 4))
+    assert opened.data["start"] == [1, 0, 1]
+    assert "start" not in RoundsPlayer(intervals=(32,), shares=(0.5,), edits=(0,)).data
+    with pytest.raises(ValueError, match="not in"):
+        RoundsPlayer(intervals=(16,), shares=(0.5,), edits=(0,), start=(32, 0.5, 0))

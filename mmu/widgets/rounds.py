@@ -67,6 +67,11 @@ def _count(result: Rounds, kind: NDArray[np.int64], kinds: int) -> list[list[lis
     return [[[k, fast, int(row[k, fast])] for k, fast in np.argwhere(row).tolist()] for row in table]
 
 
+def _start(start: tuple[int, float, int] | None, *choices: Sequence[float]) -> dict[str, list[int]]:
+    """Which value of each choice is shown first, as part of a player's data; nothing leaves that to the page."""
+    return {"start": [list(values).index(value) for value, values in zip(start, choices, strict=True)]} if start else {}
+
+
 class RoundsPlayer(Player):
     """Choose how often the dirty log is read and how much is written; see each round's faults on several machines.
 
@@ -79,6 +84,7 @@ class RoundsPlayer(Player):
         intervals: accesses between two readings of the log.
         shares: shares of writes, 0 to 1.
         edits: page-table entries that the guest edits in a round.
+        start: the setting shown first, (accesses, share of writes, entries edited); it is the middle one unless given.
     """
 
     module = "rounds"
@@ -91,6 +97,7 @@ class RoundsPlayer(Player):
         intervals: Sequence[int] = INTERVALS,
         shares: Sequence[float] = SHARES,
         edits: Sequence[int] = EDITS,
+        start: tuple[int, float, int] | None = None,
     ) -> None:
         self._by, self._machines = by, tuple(machines)
         settings = [(interval, share, edit) for interval in intervals for share in shares for edit in edits]
@@ -110,6 +117,7 @@ class RoundsPlayer(Player):
                 "machines": list(machines),
                 "most": rounds.PAGES,
                 "runs": runs,
+                **_start(start, intervals, shares, edits),
             },
         )  # fmt: skip
 

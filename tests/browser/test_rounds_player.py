@@ -63,3 +63,15 @@ def test_rounds_player_by_mouse(visit):
     expect(player.locator(".mmu-state")).to_contain_text("every 2048 accesses")
     player.get_by_role("button", name="Undo").click()
     expect(player.locator(".mmu-state")).to_contain_text(f"every {INTERVALS[START[0]]} accesses")
+
+
+def test_a_player_opens_at_the_printed_run(visit):
+    """Chapter 2's player opens at the setting whose run its page prints, and returns there on reset."""
+    page = visit().open("book/02-pfec.html")
+    player = page.locator('.mmu-player[data-player="rounds"]')
+    expect(player.locator(".mmu-state")).to_contain_text(asked(256, 0.5, 4))
+    expect(player.locator(".mmu-state")).to_contain_text("NPT: 499 faults in 6 rounds")
+    expect(page.locator("article")).to_contain_text("NPT: 498 of 499 candidates")
+    player.get_by_role("button", name="1024").click()
+    player.get_by_role("button", name="Reset").click()
+    expect(player.locator(".mmu-state")).to_contain_text(asked(256, 0.5, 4))

@@ -49,7 +49,7 @@ function render({ model, el }) {
     grey(undo, !state.depth);
   };
   const hints = ["← → how often", "W how much is written", "E table edits"];
-  const state = history(sizes.map((size) => size > 2 ? 1 : 0).join(), draw);
+  const state = history((data.start ?? sizes.map((size) => size > 2 ? 1 : 0)).join(), draw);
 
   el.classList.add("mmu-rounds");
   el.append(
