@@ -1,10 +1,12 @@
 """mmu.exercise.causes: the solutions of chapter 4 pass, and each listed wrong try meets a case that breaks it."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from mmu import scenario, trace
+from mmu.causes import CAUSES, recorded_causes
 from mmu.exercise import causes
 
 BOOK = Path(__file__).parents[1] / "book/data"
@@ -77,10 +79,19 @@ def test_chapter_4(check, right, wrong):
 
 def test_counts():
     """The two counts of chapter 4 accept the counted number and say where the first one is to any other."""
-    check = causes.not_repaired(opened("npt1_tdp1_H")[0])
-    fixed = opened("npt1_tdp1_H")[0]["fast_page_fault"]["fixed"].tolist()
-    assert check(fixed.count(0)).right
-    assert f"the first is at place {fixed.index(0)} " in repr(check(0))
+    caused = recorded_causes(*opened("npt1_tdp1_H"))
+    story = [
+        (CAUSES[cause], address >> 12) for cause, address in zip(caused.cause, caused.address.tolist(), strict=True)
+    ]
+    pairs = [
+        place
+        for place, ((was, here), (then, next_to)) in enumerate(pairwise(story))
+        if (was, then) == ("host read-only", "entry dropped") and here == next_to
+    ]
+    check = causes.twice_faulted(caused)
+    assert check(len(pairs)).right
+    assert f"the first is at place {pairs[0]} " in repr(check(0))
+    assert not check(caused.counts()["host read-only"]).right
     scene = opened("npt0_E")[1]
     run = next(run for run in scene.runs if run.phase == "E13_cr0_wp0")
     log = next(log for log in scene.of(scenario.DirtyGet) if log.ns > run.ns and log.slot == 1)

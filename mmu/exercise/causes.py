@@ -115,9 +115,16 @@ def _store(host: str, entry: bool) -> int | None:
     return int(guest.run(0, stream([WRITE], gva)).faults.size)
 
 
-def not_repaired(t: Trace) -> Callable[[int], Result]:
-    """Count exercise: the faults at which the fast path looked and which it left to the slow path."""
-    return count("looks of the fast path", t["fast_page_fault"]["fixed"] == 0)
+def twice_faulted(caused: causes.Caused) -> Callable[[int], Result]:
+    """Count exercise: the faults on a page that the host had lent, with the entry dropped before the store's retry.
+
+    Args:
+        caused: the faults of one vCPU under nested paging, in order.
+    """
+    lent, dropped = (caused.cause == causes.CAUSES.index(name) for name in ("host read-only", "entry dropped"))
+    page = caused.address // np.uint64(PAGE)
+    again = dropped[1:] & (page[1:] == page[:-1])  # (fault,) without the first
+    return count("faults", lent & np.append(again, False))
 
 
 def named_unwritten(run: Run, log: DirtyGet, window: int) -> Callable[[int], Result]:
