@@ -2,8 +2,8 @@
 
 A walk has two steps: it reads the entry that leads to a page, and it uses the page. Around and between them stand a
 begin and an end, which set and clear a flag; the reclaimer unlinks the page and looks at the flag, in some order or
-not at all; on each side a barrier may stand. :data:`ALL` has every combination. Chapter 5 plays with them, and what is said
-about each comes from its state graph, :func:`mmu.board.board`. A step is labelled as in the model of Linux 3.6
+not at all; on each side a barrier may stand. :data:`ALL` has every combination. Chapter 5 plays with them, and what is
+said about each comes from its state graph, :func:`mmu.board.board`. A step is labelled as in the model of Linux 3.6
 (``walk-mode`` in :mod:`mmu.protocols`).
 """
 
