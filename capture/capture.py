@@ -66,7 +66,9 @@ class Missing(Exception):
 def require(tools: Iterable[str] = TOOLS) -> None:
     """Raises Missing with one line when a tool is not installed."""
     if packages := sorted({TOOLS[tool] for tool in tools if shutil.which(tool) is None}):
-        raise Missing(f"make capture needs {' and '.join(packages)}; install with: apt-get install {' '.join(packages)}")
+        raise Missing(
+            f"make capture needs {' and '.join(packages)}; install with: apt-get install {' '.join(packages)}"
+        )
 
 
 def output(*command: str, cwd: Path | None = None) -> str:
@@ -103,11 +105,18 @@ def fetch(package: str) -> Path:
     return target
 
 
+def of_series(series: str, listing: str) -> list[str]:
+    """The kernel packages of a series in what ``apt-cache search`` lists."""
+    return re.findall(rf"^{KERNELS[series]}(?= )", listing, re.MULTILINE)
+
+
 def kernel(series: str) -> tuple[Path, dict[str, bytes]]:
     """Fetch the newest kernel of a series; returns its image and the modules' contents."""
-    names = re.findall(rf"^{KERNELS[series]}(?= )", output("apt-cache", "search", "linux-image-"), re.MULTILINE)
+    names = of_series(series, output("apt-cache", "search", "linux-image-"))
     if not names:
-        raise Missing(f"no package like {KERNELS[series]} is known; add bookworm-security to apt's sources, apt-get update")
+        raise Missing(
+            f"no package like {KERNELS[series]} is known; add bookworm-security to apt's sources, apt-get update"
+        )
     root = fetch(newest(names))
     (image,) = (root / "boot").glob("vmlinuz-*")
     files = {path.name.split(".")[0]: path for path in sorted(root.glob("**/*.ko*"))}
@@ -138,9 +147,7 @@ def cpio(files: dict[str, bytes]) -> bytes:
     return out.getvalue()
 
 
-def initramfs(
-    series: str, config: str, modules: dict[str, bytes], program: bytes, scripts: dict[str, str]
-) -> bytes:
+def initramfs(series: str, config: str, modules: dict[str, bytes], program: bytes, scripts: dict[str, str]) -> bytes:
     """The root file system of one boot: busybox, the init script, KVM, the client and its scripts."""
     busybox = (fetch("busybox-static") / "bin" / "busybox").read_bytes()
     kvm, amd = CONFIGS[config]
@@ -153,7 +160,7 @@ def initramfs(
             | {"bin/busybox": busybox, "init": (HERE / "init").read_bytes(), "client": program}
             | {"parameters": parameters.encode()}
             | {f"{name}.ko": data for name, data in modules.items()}
-            | {f"scripts/{name}": text.encode() for name, text in scripts.items()}
+            | {f"scripts/{n:03}.{name}": text.encode() for n, (name, text) in enumerate(scripts.items())}
         ),
         compresslevel=1,
     )
@@ -161,7 +168,10 @@ def initramfs(
 
 def command(image: Path, ramdisk: Path, console: Path, results: Path) -> list[str]:
     """The command line of one boot; multi-threaded TCG: single-threaded, a locked increment faults twice."""
-    line = "console=ttyS0 quiet loglevel=4 nokaslr no_hash_pointers mitigations=off nowatchdog panic=-1 rcupdate.rcu_cpu_stall_suppress=1"
+    line = (
+        "console=ttyS0 quiet loglevel=4 panic=-1 nokaslr no_hash_pointers mitigations=off nowatchdog "
+        "rcupdate.rcu_cpu_stall_suppress=1"
+    )
     return [
         "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-machine", "q35", "-smp", "2", "-m", "1024",
         "-cpu", "qemu64,+svm,+npt,+nx,+pdpe1gb", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
@@ -230,10 +240,14 @@ def record(series: str, config: str, scripts: dict[str, str], target: Path, say=
         for name, data in files.items():
             (target / name).write_bytes(data)
             missing.pop(name.split(".")[0], None)
-        say(f"{config}: {len(files) // 2} recorded in {time.monotonic() - begun:.0f} s" + f"; {trouble}" * bool(trouble))
+        say(
+            f"{config}: {len(files) // 2} recorded in {time.monotonic() - begun:.0f} s" + f"; {trouble}" * bool(trouble)
+        )
         if not missing:
             break
         say(f"{config}: boot {attempt} of {ATTEMPTS} left out {' '.join(missing)}; its console: {console}")
+        first = next(iter(missing))
+        missing[first] = missing.pop(first)  # it may be what brought the kernel down: the others go before it
     return list(missing)
 
 
@@ -244,22 +258,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", default="npt1_tdp1", help=f"one or more of {' '.join(CONFIGS)}, or all")
     parser.add_argument("--scenarios", default="all", help="such as 'A B-pae32 random3'; all: what the config can show")
     parser.add_argument("--seed", type=int, default=1, help="of the random scenarios")
-    parser.add_argument("--out", type=Path, default=BUILD / "traces")
+    parser.add_argument("--out", type=Path, default=BUILD / "traces", help="where the recordings go")
+    parser.add_argument("--check", action="store_true", help="hold them against their prediction afterwards")
     options = parser.parse_args(arguments)
+    configs = list(CONFIGS) if options.config == "all" else options.config.split()
+    if unknown := [config for config in configs if config not in CONFIGS]:
+        parser.error(f"configuration {unknown[0]!r}; expected one of {', '.join(CONFIGS)}, or all")
+    recorded, left = [], []
     try:
         require()
-        left = []
-        for config in CONFIGS if options.config == "all" else options.config.split():
+        host = f"qemu {qemu_version()} TCG emulated AMD SVM"
+        for config in configs:
             prefix = ("k612_" if options.kernel == "6.12" else "") + config
             names = scenarios.names(config) if options.scenarios == "all" else options.scenarios.split()
-            host = f"qemu {qemu_version()} TCG emulated AMD SVM"
             scripts = {f"{prefix}_{name}": scenarios.script(name, prefix, host, options.seed) for name in names}
-            left += record(options.kernel, config, scripts, options.out)
-    except Missing as error:
+            missing = record(options.kernel, config, scripts, options.out)
+            left += missing
+            recorded += [str(options.out / f"{name}.trace.gz") for name in scripts if name not in missing]
+    except (Missing, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
-    print(f"python -m mmu check {options.out}/NAME.trace.gz")
-    return 1 if left else 0
+    if left:
+        print(f"not recorded: {' '.join(left)}", file=sys.stderr)
+    if options.check and recorded:
+        return subprocess.run([sys.executable, "-m", "mmu", "check", *recorded], cwd=HERE.parent).returncode or bool(
+            left
+        )
+    return bool(left)
 
 
 if __name__ == "__main__":

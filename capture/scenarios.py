@@ -108,7 +108,7 @@ class Script:
         for slot in slots:
             self.say("get", slot)
 
-    def clear(self, slot: int, first: int, bits: Iterable[int], pages: int) -> None:
+    def clear(self, slot: int, first: int, bits: Iterable[int] | np.ndarray, pages: int) -> None:
         """KVM_CLEAR_DIRTY_LOG of the pages ``bits``, counted from ``first``."""
         bitmap = np.zeros(pages, dtype=np.uint8)
         bitmap[list(bits)] = 1
@@ -151,7 +151,9 @@ def demand_paging(s: Script) -> None:
     """A."""
     plain(s, 256)
     for phase, accesses in {
-        "A1_write_fresh": [(op, at + page * 8, 0x1000 + page) for page, (op, at, _) in enumerate(each("W", range(192)))],
+        "A1_write_fresh": [
+            (op, at + page * 8, 0x1000 + page) for page, (op, at, _) in enumerate(each("W", range(192)))
+        ],
         "A2_read_written": [(op, at + page * 8, 0) for page, (op, at, _) in enumerate(each("R", range(192)))],
         "A3_read_fresh": each("R", range(192, 256)),
         "A4_write_after_read": each("W", range(192, 256), value=lambda page: 0x2000 + page),
@@ -201,15 +203,16 @@ def congruential(seed: int) -> Iterable[int]:
 
 def drawn(numbers: Iterable[int], count: int, op: Callable[[int], str]) -> list[Access]:
     """Accesses whose page, offset, value and kind all come from one number each."""
-    return [
-        (op(r), RAM + r % 128 * PAGE + (r >> 16) % 512 * 8, r) for _, r in zip(range(count), numbers, strict=False)
-    ]
+    return [(op(r), RAM + r % 128 * PAGE + (r >> 16) % 512 * 8, r) for _, r in zip(range(count), numbers, strict=False)]
 
 
 def random_accesses(s: Script) -> None:
     """C."""
     plain(s, 128)
-    s.say("json", text='{"t":"seed","lcg":"0x20240601","note":"lcg=lcg*6364136223846793005+1442695040888963407; rnd=lcg>>33"}')
+    s.say(
+        "json",
+        text='{"t":"seed","lcg":"0x20240601","note":"lcg=lcg*6364136223846793005+1442695040888963407; rnd=lcg>>33"}',
+    )
     numbers = congruential(0x20240601)
     for turn in range(6):
         s.phase(f"C_round{turn}")
@@ -544,109 +547,123 @@ def manual_protect(s: Script, how: int) -> None:
     s.run("P7", each("R", every) + each("RMW", range(64)), 1)
 
 
-def drawn_scenario(s: Script, rng: np.random.Generator) -> None:
+class Drawn:
     """random: slots, logging, what the host does, edits of page tables and accesses, all drawn."""
-    pages = int(rng.choice([32, 64, 160, 512, 1024]))
-    backing = str(rng.choice([SMALL, SMALL, READY, LARGE]))
-    manual = int(rng.choice([0, 0, 1, 3]))
-    ring = not manual and rng.random() < 0.2
-    calls = rng.random() < 0.5  # pages that are called are written by the host beforehand
-    roots = (TABLES, TABLES + 0x20 * PAGE)
-    s.slot(1, RAM, pages, 0, backing)
-    s.slot(2, TABLES, 256, 0, "anon prefaulted, guest page tables")
-    if manual:
-        s.say("cap", CAP_MANUAL, manual)
-    if ring:
-        s.say("cap", CAP_RING, 4096)
-    wide = min(pages, 64)
-    window, tables = (WINDOW, RAM, wide, 0x7), (TABLES, TABLES, 64, 0x63)
-    for root in roots:
-        s.maps(root, (RAM, RAM, pages, 0x67), window, (DEVICE, DEVICE, 4, 0x63), tables)
-    if calls:
-        for page in range(pages):
-            s.say("code", RAM + page * PAGE)
-    s.say("vcpu", 0, roots[0])
-    paged, logged, tables_logged = bool(s.levels), False, False
-    state = {"root": 0, "wp": True}
 
-    def accesses(count: int, ops: tuple[str, ...]) -> list[Access]:
-        """Runs of neighbouring pages, in RAM or the window, with an odd device access."""
-        out: list[Access] = []
+    def __init__(self, s: Script, rng: np.random.Generator) -> None:
+        self.s, self.rng = s, rng
+        self.pages = int(rng.choice([32, 64, 160, 512, 1024]))
+        self.window = min(self.pages, 64)
+        self.backing = str(rng.choice([SMALL, SMALL, READY, LARGE]))
+        self.manual = int(rng.choice([0, 0, 1, 3]))
+        self.ring = not self.manual and rng.random() < 0.2
+        self.calls = rng.random() < 0.5
+        self.paged = bool(s.levels)
+        self.roots = (TABLES, TABLES + 0x20 * PAGE)
+        self.root, self.wp = 0, True
+        self.logged: list[int] = []
+
+    def set_up(self) -> None:
+        """Slot 1, the guest's tables in slot 2, a device; pages that are to be called are written beforehand."""
+        s = self.s
+        s.slot(1, RAM, self.pages, 0, self.backing)
+        s.slot(2, TABLES, 256, 0, "anon prefaulted, guest page tables")
+        if self.manual:
+            s.say("cap", CAP_MANUAL, self.manual)
+        if self.ring:
+            s.say("cap", CAP_RING, 4096)
+        ranges = (RAM, RAM, self.pages, 0x67), (WINDOW, RAM, self.window, 0x7), (DEVICE, DEVICE, 4, 0x63)
+        for root in self.roots:
+            s.maps(root, *ranges, (TABLES, TABLES, 64, 0x63))
+        for page in range(self.pages if self.calls else 0):
+            s.say("code", RAM + page * PAGE)
+        s.say("vcpu", 0, self.roots[0])
+
+    def accesses(self, count: int, ops: tuple[str, ...]) -> list[Access]:
+        """Strides over neighbouring pages, in RAM or the window, and an odd access to the device."""
+        rng, out = self.rng, []
         while len(out) < count:
-            through = paged and rng.random() < 0.4
-            room = wide if through else pages
+            through = self.paged and rng.random() < 0.4
+            room, base = (self.window, WINDOW) if through else (self.pages, RAM)
             first, step = int(rng.integers(room)), int(rng.choice([1, 1, 2, 7, -1]))
             op, offset = str(rng.choice(ops)), int(rng.integers(500)) * 8
-            user = "u" if paged and rng.random() < 0.15 else ""
-            for page in [first + step * k for k in range(int(rng.integers(1, 24)))]:
+            user = "u" if self.paged and rng.random() < 0.15 else ""
+            offset = (0xFE0 if user else 0xFF0) if op == "X" else offset
+            for page in range(first, first + step * int(rng.integers(1, 24)), step):
                 if 0 <= page < room:
-                    where = {"X": 0xFE0 if user else 0xFF0}.get(op, offset)
-                    out.append((user + op, (WINDOW if through else RAM) + page * PAGE + where, len(out)))
+                    out.append((user + op, base + page * PAGE + offset, len(out)))
             if rng.random() < 0.05:
-                out.append((str(rng.choice(["R", "W"])), DEVICE + int(rng.integers(4)) * PAGE + offset, len(out)))
+                out.append((str(rng.choice(["R", "W"])), DEVICE + int(rng.integers(4)) * PAGE + 8, len(out)))
         return out[:count]
 
-    def edits() -> list[Access]:
-        out: list[Access] = []
-        for page in rng.choice(wide, int(rng.integers(1, 9)), replace=False).tolist():
-            flags = int(rng.choice([0x7, 0x67, 0x27, 0x5, 0x65, 0x3, 0]))
-            gpa = RAM + int(rng.integers(wide)) * PAGE
-            gva = WINDOW + page * PAGE
-            out += [*s.set_entry(roots[state["root"]], gva, gpa | flags if flags else 0), ("INVLPG", gva, 0)]
-            out += [(str(op), gva + 0x40, page) for op in rng.choice(["R", "W", "uR", "uW", "RMW"], 2)]
+    def edits(self) -> list[Access]:
+        """The guest changes some leaf entries of the window, and uses what they map."""
+        s, rng, out = self.s, self.rng, []
+        kinds = [0x7, 0x67, 0x27, 0x5, 0x65, 0x3, 0, *([0x67 | NX, 0x7 | RESERVED] if s.entry == 8 else [])]
+        for page in rng.choice(self.window, int(rng.integers(1, 9)), replace=False).tolist():
+            flags, gpa, gva = kinds[rng.integers(len(kinds))], RAM + int(rng.integers(self.window)) * PAGE, page * PAGE
+            out += s.set_entry(self.roots[self.root], WINDOW + gva, gpa | flags if flags else 0)
+            out.append(("INVLPG", WINDOW + gva, 0))
+            out += [(str(op), WINDOW + gva + 0x40, page) for op in rng.choice(["R", "W", "uR", "uW", "RMW"], 2)]
         return out
 
-    ops = ("R", "W", "W", "RMW", *(["X"] if calls else []))
-    for turn in range(int(rng.integers(5, 12))):
-        name = f"random{turn}"
-        s.phase(name)
-        choices = ["log", "log", "host", "host", "none", *(["edit", "edit", "cr3", "wp"] if paged else [])]
-        what = str(rng.choice(choices))
-        only: tuple[str, ...] = ops
-        before: list[Access] = []
-        after = ""
-        if what == "log" and logged and rng.random() < 0.3 and not manual:
-            logged = False
-            s.slot(1, RAM, pages, 0, backing)
-        elif what == "log" and not logged:
-            logged = True
-            s.slot(1, RAM, pages, LOG, backing)
-        elif what == "log" and not ring:
-            tables_logged = True
+    def log(self) -> None:
+        """Switch the dirty log of slot 1 on or off, or that of the tables on."""
+        s = self.s
+        if 1 not in self.logged:
+            self.logged.append(1)
+            s.slot(1, RAM, self.pages, LOG, self.backing)
+        elif self.rng.random() < 0.3 and not self.manual:
+            self.logged.remove(1)
+            s.slot(1, RAM, self.pages, 0, self.backing)
+        elif 2 not in self.logged and not self.ring:
+            self.logged.append(2)
             s.slot(2, TABLES, 256, LOG, "anon prefaulted, guest page tables")
+
+    def round(self, turn: int, ops: tuple[str, ...]) -> None:
+        """One change, one run, and a look at the logs."""
+        s, rng, before, after = self.s, self.rng, [], None
+        what = str(rng.choice(["log", "log", "host", "host", "none", *(["edit", "edit", "cr3", "wp"] * self.paged)]))
+        if what == "log":
+            self.log()
         elif what == "host":
-            first = int(rng.integers(pages))
-            count = int(rng.integers(1, pages - first + 1))
-            action = str(rng.choice(["dontneed", "fork", "readonly", "blink", "clear_refs"]))
-            if action == "dontneed" and calls:
-                action = "blink"  # what is called must stay
-            s.host(action, first, count)
-            if action == "readonly":
-                only, after = ("R",), "writable"
-                before, first_page, how_many = [], first, count
-            elif action == "fork":
-                after = "reap"
+            first = int(rng.integers(self.pages))
+            where = first, int(rng.integers(1, self.pages - first + 1))
+            # What is called must stay.
+            action = str(
+                rng.choice(["fork", "readonly", "blink", "clear_refs", *(["dontneed"] * 2 * (not self.calls))])
+            )
+            s.host(action, *where)
+            after = {"readonly": ("writable", *where), "fork": ("reap",)}.get(action)
+            ops = ("R",) if action == "readonly" else ops
         elif what == "edit":
-            before = edits()
+            before = self.edits()
         elif what == "cr3":
-            state["root"] ^= 1
-            before = [("CR3", roots[state["root"]], 0)]
+            self.root ^= 1
+            before = [("CR3", self.roots[self.root], 0)]
         elif what == "wp":
-            state["wp"] = not state["wp"]
-            before = [("CR0", WP_ON if state["wp"] else WP_OFF, 0)]
-        s.run(name, [*before, *accesses(int(rng.integers(20, 160)), only)])
-        if after == "writable":
-            s.host(after, first_page, how_many)
-        elif after:
-            s.host(after)
-        if ring and logged:
+            self.wp = not self.wp
+            before = [("CR0", WP_ON if self.wp else WP_OFF, 0)]
+        s.run(f"random{turn}", [*before, *self.accesses(int(rng.integers(20, 160)), ops)])
+        if after:
+            s.host(*after)
+        if self.ring and self.logged:
             s.say("ring", 0, text="round")
-        elif not ring:
-            s.get(*([1] if logged else []), *([2] if tables_logged else []))
-            if manual and logged and rng.random() < 0.7:
-                first = int(rng.integers(pages // 64 + 1)) * 64 % pages if pages % 64 == 0 else 0
-                bits = np.flatnonzero(rng.random(pages - first) < 0.6).tolist()
-                s.clear(1, first, bits, pages - first)
+        elif not self.ring:
+            s.get(*self.logged)
+        if self.manual and 1 in self.logged and rng.random() < 0.7:
+            first = int(rng.integers(self.pages // 64)) * 64 if self.pages % 64 == 0 else 0
+            s.clear(1, first, np.flatnonzero(rng.random(self.pages - first) < 0.6), self.pages - first)
+
+    def draw(self) -> None:
+        """The whole scenario."""
+        self.set_up()
+        ops = ("R", "W", "W", "RMW", *(["X"] * self.calls))
+        if self.calls:
+            self.s.run("random_call", each("X", [0], 0xFF0))
+        for turn in range(int(self.rng.integers(5, 12))):
+            self.s.phase(f"random{turn}")
+            self.round(turn, ops)
 
 
 SCENARIOS: dict[str, Callable[[Script], None]] = {
@@ -684,7 +701,7 @@ def script(name: str, config: str, host: str, seed: int = 1) -> str:
     s = Script(name, mode, f"scenario {name} {config} {mode} {host}")
     if drawn:
         s.say("json", text=f'{{"t":"seed","seed":{seed},"number":{number}}}')
-        drawn_scenario(s, np.random.default_rng([seed, int(number)]))
+        Drawn(s, np.random.default_rng([seed, int(number)])).draw()
     else:
         SCENARIOS[kind](s)
     return "\n".join([*s.lines, ""])
