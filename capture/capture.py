@@ -12,6 +12,7 @@ import argparse
 import gzip
 import io
 import lzma
+import os
 import re
 import shutil
 import subprocess
@@ -227,7 +228,7 @@ def record(series: str, config: str, scripts: dict[str, str], target: Path, say=
     program = client()
     missing = dict(scripts)
     target.mkdir(parents=True, exist_ok=True)
-    work = BUILD / "boot"
+    work = BUILD / "boot" / str(os.getpid())
     work.mkdir(parents=True, exist_ok=True)
     ramdisk, console, results = (work / f"{config}.{kind}" for kind in ("initrd", "console", "tar"))
     for attempt in range(1, ATTEMPTS + 1):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import json
 import os
 import re
@@ -15,20 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scenarios
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import capture
 from mmu import scenario
 
-KIT = Path(__file__).parents[1] / "capture"
-sys.path.insert(0, str(KIT))
-
-import itertools
-
-import scenarios  # noqa: E402
-
-import capture  # noqa: E402
-
+KIT = Path(capture.__file__).parent
 RECORDED = sorted((Path(__file__).parent / "data" / "kvm-traces").glob("*.json.gz"))
 LETTERED = [path for path in RECORDED if "random" not in path.name]
 ACTIONS = set(re.findall(r'strcmp\(action, "(\w+)"\)', (KIT / "client.c").read_text(encoding="utf-8")))
@@ -222,7 +217,7 @@ def line_of(names):
 @settings(max_examples=60, deadline=None)
 @given(cut=st.floats(0, 1))
 def test_a_line_cut_off_gives_its_whole_recordings(cut, tmp_path_factory):
-    """Wherever the line breaks off, all whole pairs before the cut are taken from it, as they were sent, and no more."""
+    """Wherever the line breaks off, the whole pairs before that are taken from it as they were sent, and no more."""
     line = line_of(["a", "b", "c"])
     path = tmp_path_factory.mktemp("line") / "results"
     path.write_bytes(line[: int(cut * len(line))])
