@@ -13,7 +13,7 @@ book: _build/html/index.html
 
 test: $(READY) _build/html/index.html
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	@$(BIN)/python -m pytest tests mmu --nbval $(CHAPTERS) $(TESTFLAGS)
+	@$(BIN)/python -m pytest tests mmu --nbval $(CHAPTERS) -n auto --dist loadfile $(TESTFLAGS)
 
 # Exactly what is to be published, in _build/site.
 site: $(READY)

@@ -146,6 +146,13 @@ class Explainer:
         found = keys[np.maximum(np.searchsorted(keys, asked) - 1, 0)]
         return np.where((found < asked) & (found >> 40 == pid), found & ((1 << 40) - 1), np.int64(0))
 
+    def _next_entry(self, pid: NDArray[Any], line: NDArray[Any]) -> Ints:
+        """The line of the same task's first kvm_entry after each line; the line itself where there is none."""
+        asked = pid.astype(np.int64) << 40 | line.astype(np.int64)
+        keys = np.append(self._entry_key, np.int64(-1))
+        found = keys[np.searchsorted(self._entry_key, asked, side="right")]
+        return np.where(found >> 40 == pid, found & ((1 << 40) - 1), line.astype(np.int64))
+
     def _span(self, begin: int, end: int) -> tuple[int, int]:
         """The lines between which something happened that the scenario times."""
         low = int(np.searchsorted(self.ns, begin - GRAIN)) - 1
@@ -280,7 +287,8 @@ class Explainer:
         reason = np.where(inside & (fits | walks), 0, 1)
 
         # Accesses from one fault to the next succeeded between the two: the spte must have allowed it then.
-        entry = self._previous(self._pid(rows), lines, self._entry_key)
+        # Other exits may lie between, so the time begins at the entry that follows the fault before.
+        entry = self._next_entry(self._pid(rows), lines)
         leave = self._previous(self._pid(rows), lines)
         good = np.flatnonzero(reason == 0)
         step = np.searchsorted(place[good], np.arange(gva.size, dtype=np.int64), side="right")
@@ -289,11 +297,10 @@ class Explainer:
         follower = good[np.minimum(step, max(good.size - 1, 0))] if good.size else np.zeros(gva.size, dtype=np.int64)
         same = bounded & (which[follower] == run_of) if good.size else np.zeros(gva.size, dtype=np.bool)
         begin, finish = starts[run_of], ends[run_of]
-        earlier = np.zeros(gva.size, dtype=np.int64)
+        a = begin
         if good.size:
             leader = good[np.maximum(step - 1, 0)]
-            earlier = np.where((step > 0) & (which[leader] == run_of), lines[leader], 0)
-        a = np.maximum(np.where(same, entry[follower], begin) if good.size else begin, earlier)
+            a = np.where((step > 0) & (which[leader] == run_of), entry[leader], begin)
         b = np.where(same, leave[follower], finish) if good.size else finish
         real = op < scenario.INVLPG
         store = (op == scenario.WRITE) | (op == scenario.RMW)

@@ -91,7 +91,7 @@ def visit(chromium):
     def make(scheme: str = "light", width: int = 1200) -> Visit:
         height = 844 if width < 600 else 900
         context = chromium.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
-        context.set_default_timeout(10_000)
+        context.set_default_timeout(30_000)  # a busy core is no failure
         contexts.append(context)
         return Visit(context.new_page())
 

@@ -6,6 +6,7 @@ import re
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
+from bs4 import BeautifulSoup
 
 from .conftest import SITE
 
@@ -64,9 +65,9 @@ def test_accessible(visit, name):
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_pictures_state_their_finding(visit, name):
+def test_pictures_state_their_finding(name):
     """Each picture's alternative text is a sentence with a number in it, not a path."""
-    page = visit().open(name)
-    texts = page.locator("article img").evaluate_all("images => images.map(image => image.alt)")
-    for text in texts:
+    article = BeautifulSoup((SITE / name).read_text(encoding="utf-8"), "html.parser").article
+    for image in article.find_all("img"):
+        text = image.get("alt", "")
         assert re.search(r"\d", text) and len(text.split()) > 4 and "/" not in text.split()[0], text
