@@ -56,7 +56,7 @@ RETURNS = {
 }
 """The functions whose return values are recorded: each fault passes through one (6.12: and the fast path's own)."""
 
-ATTEMPTS, STALL, LIMIT = 3, 60.0, 300.0
+ATTEMPTS, STALL, LIMIT = 3, 45.0, 300.0
 """Boots that are tried, seconds without a sign of life, seconds in all; a boot beyond them is ended."""
 
 
@@ -230,11 +230,9 @@ def record(series: str, config: str, scripts: dict[str, str], target: Path, say=
     target.mkdir(parents=True, exist_ok=True)
     work = BUILD / "boot" / str(os.getpid())
     work.mkdir(parents=True, exist_ok=True)
-    ramdisk, console, results = (work / f"{config}.{kind}" for kind in ("initrd", "console", "tar"))
     for attempt in range(1, ATTEMPTS + 1):
+        ramdisk, console, results = (work / f"{config}.{attempt}.{kind}" for kind in ("initrd", "console", "tar"))
         ramdisk.write_bytes(initramfs(series, config, modules, program, missing))
-        for path in (console, results):
-            path.unlink(missing_ok=True)
         begun = time.monotonic()
         trouble = boot(command(image, ramdisk, console, results), (console, results))
         files = received(results)

@@ -91,7 +91,6 @@ static int running;
 static void __attribute__((noreturn, format(printf, 1, 2))) fail(const char *format, ...)
 {
 	va_list args;
-
 	va_start(args, format);
 	fprintf(stderr, "client: ");
 	vfprintf(stderr, format, args);
@@ -103,7 +102,6 @@ static void __attribute__((noreturn, format(printf, 1, 2))) fail(const char *for
 static u64 now(void)
 {
 	struct timespec t;
-
 	clock_gettime(CLOCK_MONOTONIC, &t);
 	return t.tv_sec * 1000000000ull + t.tv_nsec;
 }
@@ -113,7 +111,6 @@ static void __attribute__((format(printf, 1, 2))) mark(const char *format, ...)
 	char text[256];
 	va_list args;
 	int n;
-
 	va_start(args, format);
 	n = vsnprintf(text, sizeof text, format, args);
 	va_end(args);
@@ -125,7 +122,6 @@ static void __attribute__((format(printf, 1, 2))) mark(const char *format, ...)
 static void __attribute__((format(printf, 1, 2))) event(const char *format, ...)
 {
 	va_list args;
-
 	fputs(first_event ? "\n  " : ",\n  ", json);
 	first_event = false;
 	va_start(args, format);
@@ -152,7 +148,6 @@ static u64 hex(char **line)
 {
 	char *end;
 	u64 value = strtoull(*line, &end, 16);
-
 	if (end == *line)
 		fail("a number is missing before '%s'", *line);
 	*line = end + strspn(end, " ");
@@ -162,7 +157,6 @@ static u64 hex(char **line)
 static char *word(char **line)
 {
 	char *text = *line + strspn(*line, " ");
-
 	*line = text + strcspn(text, " ");
 	if (**line)
 		*(*line)++ = 0;
@@ -172,7 +166,6 @@ static char *word(char **line)
 static int vcpu_number(char **line)
 {
 	u64 id = hex(line);
-
 	if (id >= VCPUS)
 		fail("vCPU %lu; there are %d", id, VCPUS);
 	return id;
@@ -184,7 +177,6 @@ static void do_slot(char *line)
 	u64 id = hex(&line), gpa = hex(&line), size = hex(&line), flags = hex(&line), ns, end;
 	struct slot *s = slots + id;
 	int rc;
-
 	if (id >= SLOTS)
 		fail("slot %lu; there are %d", id, SLOTS);
 	if (!s->host) {
@@ -230,7 +222,6 @@ static u64 leaf_entry(u64 root, u64 gva)
 		u64 root, next;
 	} known[8], *k;
 	u64 table = root;
-
 	for (k = known; k->next && k->root != root; k++)
 		;
 	if (!k->next) {
@@ -241,7 +232,6 @@ static u64 leaf_entry(u64 root, u64 gva)
 	for (int level = mode->levels; level > 1; level--) {
 		u64 at = table + ((gva >> (12 + mode->bits * (level - 1))) & ((1 << mode->bits) - 1)) * mode->bytes;
 		u64 entry = 0;
-
 		memcpy(&entry, host(at, mode->bytes), mode->bytes);
 		if (!entry) {
 			put_entry(at, entry = k->next | 0x27);
@@ -256,7 +246,6 @@ static u64 leaf_entry(u64 root, u64 gva)
 static void do_map(char *line)
 {
 	u64 root = hex(&line), gva = hex(&line), gpa = hex(&line), n = hex(&line), flags = hex(&line), first = 0, at = 0;
-
 	if (!mode->paging)
 		return;
 	for (u64 i = 0; i < n; i++) {
@@ -276,7 +265,6 @@ static void do_map(char *line)
 static void put_gate(int vector, u64 target, int dpl)
 {
 	u64 low = (target & 0xffff) | 0x80000 | (0x8e00ull | dpl << 13) << 32 | (target >> 16 & 0xffff) << 48;
-
 	memcpy(host(IDT + vector * (mode->wide ? 16 : 8), 8), &low, 8);
 }
 
@@ -287,7 +275,6 @@ static void put_guest(void)
 	/* null, code and data at CPL 0, code and data at CPL 3, task state segment (two entries in long mode) */
 	u64 gdt[] = { 0, 0xcf9b000000ffff, 0xcf93000000ffff, 0xcffb000000ffff, 0xcff3000000ffff, 0x8b0040000067, 0 };
 	u64 stack = STACK, data = 0x10;
-
 	if (mode->wide)
 		gdt[1] = 0xaf9b000000ffff, gdt[3] = 0xaffb000000ffff;
 	memcpy(host(CODE, 0x180), blob, 0x180);
@@ -317,7 +304,6 @@ static void do_vcpu(char *line)
 				 .rbp = STACK + id * PAGE };
 	struct kvm_sregs s;
 	struct vcpu *v = vcpus + id;
-
 	if (!id)
 		put_guest();
 	v->fd = ioctl(vm, KVM_CREATE_VCPU, id);
@@ -357,13 +343,11 @@ static void harvest(int id, const char *why)
 	unsigned size = ring_bytes / sizeof *v->ring;
 	u64 ns;
 	int n = 0, rc;
-
 	mark("RING_HARVEST vcpu=%d %s", id, why);
 	ns = now();
 	event("{\"t\":\"dirty_ring\",\"vcpu\":%d,\"why\":\"%s\",\"ns\":%lu,\"entries\":[", id, why, ns);
 	for (;; n++, v->ring_at++) {
 		struct kvm_dirty_gfn *gfn = v->ring + v->ring_at % size;
-
 		if (__atomic_load_n(&gfn->flags, __ATOMIC_ACQUIRE) != KVM_DIRTY_GFN_F_DIRTY)
 			break;
 		fprintf(json, "%s[%u,%llu]", n ? "," : "", gfn->slot, gfn->offset);
@@ -382,7 +366,6 @@ static void put_run(int id, struct run *run, struct access *seen, char *mmio, u6
 		struct access *a = seen + i;
 		bool faulted = (uint32_t)a->error != ~0u;
 		u64 result = (a->op & 15) || faulted ? 0 : a->result;
-
 		fprintf(json, "%s[\"%s%s\",\"0x%lx\",\"0x%lx\",\"0x%lx\",", i ? "," : "", a->op & 16 ? "u" : "",
 			OPS[a->op & 15], a->gva, a->value, result);
 		if (faulted)
@@ -405,7 +388,6 @@ static void do_run(int id, struct run *run)
 	size_t room = 0;
 	char *mmio = NULL;
 	FILE *exits = open_memstream(&mmio, &room);
-
 	memcpy(list, run->access, run->n * sizeof *list);
 	memcpy(host(MAILBOX + id * PAGE, sizeof mailbox), mailbox, sizeof mailbox);
 	mark("RUN_BEGIN vcpu=%d n=%d %s", id, run->n, run->phase);
@@ -419,7 +401,6 @@ static void do_run(int id, struct run *run)
 			bool store = v->kvm->mmio.is_write;
 			u64 gpa = v->kvm->mmio.phys_addr, value = 0;
 			unsigned len = v->kvm->mmio.len;
-
 			if (store) {
 				memcpy(&value, v->kvm->mmio.data, len);
 			} else {
@@ -443,25 +424,26 @@ static void do_run(int id, struct run *run)
 	free(run->access);
 }
 
-static void do_get(int id)
+/* get SLOT */
+static void do_get(char *line)
 {
 	static uint8_t bits[1 << 16];
+	u64 id = hex(&line);
 	struct slot *s = slots + id;
 	u64 pages = s->size / PAGE, ns, end;
 	int rc, n = 0, at = seq++;
-
 	memset(bits, 0, sizeof bits);
-	mark("DIRTY_GET_BEGIN slot=%d seq=%d", id, at);
+	mark("DIRTY_GET_BEGIN slot=%lu seq=%d", id, at);
 	ns = now();
 	rc = ioctl(vm, KVM_GET_DIRTY_LOG, &(struct kvm_dirty_log){ .slot = id, .dirty_bitmap = bits });
 	end = now();
 	for (u64 i = 0; i < pages / 8; i++)
 		n += __builtin_popcount(bits[i]);
-	mark("DIRTY_GET_END slot=%d seq=%d n=%d", id, at, n);
+	mark("DIRTY_GET_END slot=%lu seq=%d n=%d", id, at, n);
 	if (rc)
 		fail("KVM_GET_DIRTY_LOG");
 	pthread_mutex_lock(&lock);
-	event("{\"t\":\"dirty_get\",\"slot\":%d,\"seq\":%d,\"rc\":%d,\"ns\":%lu,\"ns_end\":%lu,\"ndirty\":%d,\"bitmap\":\"",
+	event("{\"t\":\"dirty_get\",\"slot\":%lu,\"seq\":%d,\"rc\":%d,\"ns\":%lu,\"ns_end\":%lu,\"ndirty\":%d,\"bitmap\":\"",
 	      id, at, rc, ns, end, n);
 	put_bitmap(bits, pages);
 	fputs("\"}", json);
@@ -471,7 +453,6 @@ static void do_get(int id)
 static void *vcpu_thread(void *arg)
 {
 	struct vcpu *v = arg;
-
 	pthread_barrier_wait(&start);
 	for (int i = 0; i < v->queued; i++)
 		do_run(v - vcpus, v->queue + i);
@@ -486,8 +467,6 @@ static void *vcpu_thread(void *arg)
 static void do_go(char *line)
 {
 	bool log = !strcmp(word(&line), "log");
-	int slot = log ? hex(&line) : 0;
-
 	running = 0;
 	for (struct vcpu *v = vcpus; v < vcpus + VCPUS; v++)
 		running += v->queued > 0;
@@ -502,7 +481,7 @@ static void do_go(char *line)
 				fail("thread");
 		pthread_barrier_wait(&start);
 		while (log && __atomic_load_n(&running, __ATOMIC_RELAXED)) {
-			do_get(slot);
+			do_get(line);
 			usleep(400);
 		}
 		for (struct vcpu *v = vcpus; v < vcpus + VCPUS; v++)
@@ -519,7 +498,6 @@ static struct run *new_run(char *line)
 {
 	struct vcpu *v = vcpus + vcpu_number(&line);
 	struct run *run = v->queue + v->queued;
-
 	if (v->queued++ == RUNS)
 		fail("more than %d runs wait", RUNS);
 	*run = (struct run){ .access = calloc(MOST, sizeof *run->access) };
@@ -532,7 +510,6 @@ static bool add_access(struct run *run, const char *name, char *line)
 {
 	struct access *a = run->access + run->n;
 	bool user = name[0] == 'u';
-
 	for (u64 op = 0; op < sizeof OPS / sizeof *OPS; op++)
 		if (!strcmp(name + user, OPS[op])) {
 			if (run->n++ == MOST)
@@ -547,7 +524,6 @@ static bool add_access(struct run *run, const char *name, char *line)
 static void put_file(const char *path, const char *text)
 {
 	int fd = open(path, O_WRONLY);
-
 	if (fd < 0 || write(fd, text, strlen(text)) < 0)
 		fail("%s", path);
 	close(fd);
@@ -557,7 +533,6 @@ static void put_file(const char *path, const char *text)
 static char *get_file(const char *path, char *text, int size)
 {
 	int fd = open(path, O_RDONLY), n = fd < 0 ? 0 : read(fd, text, size - 1);
-
 	if (fd >= 0)
 		close(fd);
 	text[n > 0 ? n : 0] = 0;
@@ -594,7 +569,6 @@ static void do_host(char *line)
 	u64 gpa = hex(&line), length = hex(&line);
 	char *at = length ? host(gpa, length) : NULL;
 	int rc = 0, i = 0, all = sizeof ACTIONS / sizeof *ACTIONS;
-
 	while (i < all && strcmp(action, ACTIONS[i].action))
 		i++;
 	if (i == all)
@@ -648,7 +622,6 @@ static void do_clear(char *line)
 	u64 slot = hex(&line), first = hex(&line), n = hex(&line), ns, end;
 	uint8_t bits[1 << 12] = { 0 };
 	int rc;
-
 	for (u64 i = 0; i < (n + 7) / 8 && i < sizeof bits; i++)
 		if (sscanf(line + 2 * i, "%2hhx", bits + i) != 1)
 			fail("clear: the bitmap is too short");
@@ -669,72 +642,77 @@ static void do_clear(char *line)
 static void do_counters(char *line)
 {
 	u64 gpa = hex(&line), n = hex(&line), expect = hex(&line);
-
 	event("{\"t\":\"check\",\"what\":\"final counters per page [off0,off64]\",\"expect\":%lu,\"values\":[", expect);
 	for (u64 i = 0; i < n; i++) {
 		char *page = host(gpa + i * PAGE, PAGE);
-
 		fprintf(json, "%s[%u,%u]", i ? "," : "", *(uint32_t *)page, *(uint32_t *)(page + 64));
 	}
 	fputs("]}", json);
 }
 
+static void do_phase(char *line)
+{
+	mark("PHASE %s", line);
+	event("{\"t\":\"phase\",\"name\":\"%s\",\"ns\":%lu}", line, now());
+}
+
+static void do_ring(char *line)
+{
+	int id = vcpu_number(&line);
+	harvest(id, line);
+}
+
+/* fill GPA LENGTH BYTE: the host writes; no event says so. */
+static void do_fill(char *line)
+{
+	u64 gpa = hex(&line), length = hex(&line);
+	memset(host(gpa, length), hex(&line), length);
+}
+
+/* code GPA: make the page's end callable (0xff0) and, at CPL 3, jumpable (0xfe0); no event says so. */
+static void do_code(char *line)
+{
+	char *page = host(hex(&line), PAGE);
+	memcpy(page + 0xff0, "\xc3", 1);
+	memcpy(page + 0xfe0, "\xcd\x80", 2);
+}
+
+/* cap CAP ARG */
+static void do_cap(char *line)
+{
+	struct kvm_enable_cap cap = { .cap = hex(&line) };
+	cap.args[0] = hex(&line);
+	if (ioctl(vm, KVM_ENABLE_CAP, &cap))
+		fail("KVM_ENABLE_CAP %u", cap.cap);
+	if (cap.cap == KVM_CAP_DIRTY_LOG_RING)
+		ring_bytes = cap.args[0];
+	event("{\"t\":\"enable_cap\",\"cap\":%u,\"arg0\":%llu,\"rc\":0}", cap.cap, cap.args[0]);
+}
+
+/* json TEXT: an event that informs, as it stands. */
+static void do_json(char *line)
+{
+	event("%s", line);
+}
+
 static void do_line(char *line)
 {
+	static const struct { const char *name; void (*act)(char *); } ACTIONS[] = {
+		{ "slot", do_slot }, { "map", do_map }, { "vcpu", do_vcpu }, { "phase", do_phase }, { "go", do_go },
+		{ "get", do_get }, { "clear", do_clear }, { "ring", do_ring }, { "host", do_host }, { "fill", do_fill },
+		{ "code", do_code }, { "cap", do_cap }, { "counters", do_counters }, { "json", do_json },
+	};
 	static struct run *run;
 	char *action = word(&line);
-
 	if (run && add_access(run, action, line))
 		return;
-	run = NULL;
-	if (!strcmp(action, "run")) {
-		run = new_run(line);
-	} else if (!strcmp(action, "go")) {
-		do_go(line);
-	} else if (!strcmp(action, "slot")) {
-		do_slot(line);
-	} else if (!strcmp(action, "map")) {
-		do_map(line);
-	} else if (!strcmp(action, "vcpu")) {
-		do_vcpu(line);
-	} else if (!strcmp(action, "phase")) {
-		mark("PHASE %s", line);
-		event("{\"t\":\"phase\",\"name\":\"%s\",\"ns\":%lu}", line, now());
-	} else if (!strcmp(action, "get")) {
-		do_get(hex(&line));
-	} else if (!strcmp(action, "clear")) {
-		do_clear(line);
-	} else if (!strcmp(action, "ring")) {
-		int id = vcpu_number(&line);
-
-		harvest(id, line);
-	} else if (!strcmp(action, "host")) {
-		do_host(line);
-	} else if (!strcmp(action, "fill")) { /* GPA LENGTH BYTE */
-		u64 gpa = hex(&line), length = hex(&line);
-
-		memset(host(gpa, length), hex(&line), length);
-	} else if (!strcmp(action, "code")) { /* GPA: make the page's end callable (0xff0) and, at CPL 3, jumpable (0xfe0) */
-		char *page = host(hex(&line), PAGE);
-
-		memcpy(page + 0xff0, "\xc3", 1);
-		memcpy(page + 0xfe0, "\xcd\x80", 2);
-	} else if (!strcmp(action, "cap")) { /* CAP ARG */
-		struct kvm_enable_cap cap = { .cap = hex(&line) };
-
-		cap.args[0] = hex(&line);
-		if (ioctl(vm, KVM_ENABLE_CAP, &cap))
-			fail("KVM_ENABLE_CAP %u", cap.cap);
-		if (cap.cap == KVM_CAP_DIRTY_LOG_RING)
-			ring_bytes = cap.args[0];
-		event("{\"t\":\"enable_cap\",\"cap\":%u,\"arg0\":%llu,\"rc\":0}", cap.cap, cap.args[0]);
-	} else if (!strcmp(action, "counters")) {
-		do_counters(line);
-	} else if (!strcmp(action, "json")) { /* an event that informs, as it stands */
-		event("%s", line);
-	} else {
-		fail("'%s' is no action", action);
-	}
+	run = strcmp(action, "run") ? NULL : new_run(line);
+	if (run)
+		return;
+	for (u64 i = 0; i < sizeof ACTIONS / sizeof *ACTIONS; i++)
+		if (!strcmp(action, ACTIONS[i].name))
+			return ACTIONS[i].act(line);
+	fail("'%s' is no action", action);
 }
 
 /* scenario NAME CONFIG MODE HOST...: the first line of a script. */
@@ -745,7 +723,6 @@ static void do_head(char *line)
 	char *first = word(&line), *name = word(&line), *config = word(&line), *gmode = word(&line), path[128], text[16];
 	struct utsname u;
 	int n = 0;
-
 	for (mode = MODES; mode < MODES + sizeof MODES / sizeof *MODES && strcmp(mode->name, gmode); mode++)
 		;
 	if (strcmp(first, "scenario") || mode == MODES + sizeof MODES / sizeof *MODES)
@@ -755,7 +732,6 @@ static void do_head(char *line)
 		"\"guest_mode\":\"%s\",\"params\":{", name, config, config, name, u.release, u.version, line, gmode);
 	for (unsigned i = 0; i < sizeof PARAMS / sizeof *PARAMS; i++) {
 		const char *dot = strchr(PARAMS[i], '.');
-
 		snprintf(path, sizeof path, "/sys/module/%.*s/parameters/%s", (int)(dot - PARAMS[i]), PARAMS[i], dot + 1);
 		if (*get_file(path, text, sizeof text))
 			fprintf(json, "%s\"%s\":\"%s\"", n++ ? "," : "", PARAMS[i], text);
@@ -771,7 +747,6 @@ int main(int argc, char **argv)
 	FILE *script = argc == 3 ? fopen(argv[1], "r") : NULL;
 	size_t room = 0;
 	char *line = NULL;
-
 	if (!script || !(json = fopen(argv[2], "w")))
 		fail("client SCRIPT OUT.json");
 	marker = open("/sys/kernel/tracing/trace_marker", O_WRONLY);
