@@ -242,6 +242,7 @@ def record(series: str, config: str, scripts: dict[str, str], target: Path, say=
             f"{config}: {len(files) // 2} recorded in {time.monotonic() - begun:.0f} s" + f"; {trouble}" * bool(trouble)
         )
         if not missing:
+            shutil.rmtree(work)
             break
         say(f"{config}: boot {attempt} of {ATTEMPTS} left out {' '.join(missing)}; its console: {console}")
         first = next(iter(missing))
