@@ -15,8 +15,8 @@ rules     ``values`` ``chains`` ``order`` ``conform`` ``check`` ``causes``: what
           not (4, 13)
 time      ``published`` ``queueing`` ``trials`` ``workload`` ``rounds`` ``cost`` ``sweep`` ``readers``: what faults,
           locks and waiting cost (1, 5, 11)
-book      ``picture`` ``figures`` ``prices`` ``diagrams`` ``graces`` ``charts`` ``answers`` ``faultlanes`` ``exercise``
-          ``widgets``: pictures, exercises and players; they need matplotlib and anywidget
+book      ``picture`` ``figures`` ``prices`` ``diagrams`` ``graces`` ``charts`` ``measured`` ``answers``
+          ``faultlanes`` ``exercise`` ``widgets``: pictures, exercises and players; they need matplotlib and anywidget
 commands  ``__main__``: ``python -m mmu``
 ========= ===========================================================================================================
 
