@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmu import pfec, scenario
-from mmu.host import PAGE, READ, WRITE, Backing
+from mmu import host, pfec, scenario
+from mmu.host import HUGE_PAGES, PAGE, Backing
 from mmu.kernel import FAULT, INJECTED, Kernel
 from mmu.scenario import (
     DirtyClear,
@@ -35,13 +35,14 @@ from mmu.scenario import (
     Vcpu,
 )
 from mmu.slots import Slot
-from mmu.vm import CR0, CR3, FETCH, VCPU, Guest, stream
+from mmu.vm import CR0, CR3, FETCH, READ, VCPU, WRITE, Delivery, Guest, stream
 
 CAP_MANUAL_DIRTY_LOG_PROTECT2, CAP_DIRTY_LOG_RING, CAP_DIRTY_LOG_RING_ACQ_REL = 168, 192, 223
 RING_ENTRY = 16  # bytes
 
 CODE = 0x1080  # the client's loop in the guest
-DELIVERY = ((0x3000, False), (0x2008, False), (0x7FF8, True))  # its IDT, GDT and stack
+GATES, DESCRIPTORS, TASK, STACK = 0x3000, 0x2000, 0x4000, 0x8000  # its IDT, GDT, task state segment; its stack's top
+STUB = 0xA000  # its code at CPL 3, which ends in a software interrupt
 VECTOR_PF = 14
 RETURN = 0xC3  # the instruction that a called page holds
 SIMPLIFIED = (6, 3)  # the first release whose shadow MMU and TDP MMU follow the rules of 6.12
@@ -172,7 +173,10 @@ class Player:
         if event.hva not in self.backings:
             huge = event.hva in self.huge
             most = max(other.size for other in self.scene.of(Memslot) if other.hva == event.hva) // PAGE
-            backing = Backing(most, huge=huge and event.hva % (512 * PAGE) == 0, content=True)
+            backing = Backing(
+                most, huge=huge, content=True, ahead=event.hva // PAGE % HUGE_PAGES,
+                upgrades=self.out.kernel.release == "6.12",
+            )  # fmt: skip
             self.backings[event.hva] = backing
             said = "prefaulted" in event.backing and "not prefaulted" not in event.backing
             if said or huge or self.fills.called(base, pages):
@@ -187,7 +191,7 @@ class Player:
                 low, high = max(first, target.base), min(first + count, target.base + target.pages)
                 if low < high:
                     start = low - target.base + target.offset
-                    target.backing.populate(start, high - low)
+                    self.guest.unmapped(target.backing, target.backing.populate(start, high - low))
                     target.backing.bytes[start : start + high - low] = byte
         if slot:
             for gpa in self.fills.calls:
@@ -218,8 +222,9 @@ class Player:
         cpu = VCPU(event.vcpu, event.cr0, event.cr3, event.cr4, event.efer)
         self.guest.vcpus[event.vcpu] = cpu
         if cpu.format is not None:
-            (gate, store), *rest = DELIVERY
-            self.guest.delivery = ((gate + VECTOR_PF * 2 * cpu.width, store), *rest)
+            self.guest.delivery[event.vcpu] = Delivery(
+                GATES + VECTOR_PF * 2 * cpu.width, DESCRIPTORS + 8, TASK + 4, STACK + event.vcpu * PAGE - 8
+            )
 
     # Running ---------------------------------------------------------------------------------------------------------
 
@@ -235,10 +240,18 @@ class Player:
         reload = (run.op == CR0) | (run.op == CR3)
         at = np.flatnonzero(reload) + 1 if paged else np.zeros(0, dtype=np.int64)
         at = np.append(0, at) if paged else at  # the client fetches its code before these accesses
-        own = np.insert(np.arange(count, dtype=np.int64), at, -1)  # (access and fetch,): the access, or -1
+        # A call pushes its return address. So does what leads to an access at CPL 3: an IRET to the stub there.
+        lower, pushes = np.flatnonzero(run.user), np.flatnonzero(run.user | (run.op == FETCH))
+        habits = (at, FETCH, CODE), (pushes, WRITE, STACK + run.vcpu * PAGE - 8), (lower, READ, DESCRIPTORS + 24)
+        at, op, gva = (np.concatenate(column) for column in zip(*(
+            (where, np.full(where.shape, op, dtype=np.uint8), np.full(where.shape, gva, dtype=np.uint64))
+            for where, op, gva in (*habits, (lower, FETCH, STUB))
+        ), strict=True))  # fmt: skip
+        user = gva == STUB
+        own = np.insert(np.arange(count, dtype=np.int64), at, -1)  # (access and the client's own,): the access, or -1
         accesses = stream(
-            np.insert(run.op, at, FETCH), np.insert(run.gva, at, CODE), np.insert(run.value, at, 0),
-            np.insert(run.user, at, False),
+            np.insert(run.op, at, op), np.insert(run.gva, at, gva), np.insert(run.value, at, 0),
+            np.insert(run.user, at, user),
         )  # fmt: skip
         device = [value for _, _, way, value in run.mmio_exits if way == "R"]
         result = self.guest.run(run.vcpu, accesses, device)
@@ -246,6 +259,7 @@ class Player:
             _drop_p(result.faults["code"])
             if self.out.kernel.nested_paging:  # else KVM's own walk makes the guest's error code
                 _drop_p(result.code)
+                _drop_p(result.reinjected["code"])
         full = self.guest.full_rings
         for event in self.full:
             self._ring(event, full.pop(0) if full else None)
@@ -256,7 +270,7 @@ class Player:
         else:
             codes = faults[faults["path"] == INJECTED]
         events = [(int(f["access"]), 0, int(result.code[f["access"]]), False) for f in codes]
-        events += [(access, 1, code, True) for access, code in result.reinjected]
+        events += [(access, 1, code, True) for access, code in result.reinjected.tolist()]
         self.out.injected += [(run.vcpu, code, again) for _, _, code, again in sorted(events)]
         faults["access"] = own[faults["access"]]
         self.faults.append(faults)
@@ -340,37 +354,28 @@ class Player:
             if first < slot.base + slot.pages and slot.base < first + count
         ]  # fmt: skip
         what = event.what
-        if "MADV_DONTNEED" in what:
-            for backing, start, pages in parts:
-                backing.discard(start, pages)
-        elif what.startswith("fork"):
-            parts = [(backing, 0, backing.pages) for backing in self.backings.values()]
-            for backing, _, _ in parts:
-                backing.fork()
-            self.child = True
-        elif what.startswith("child exits"):
+        if what.startswith("child exits"):
             self._reap()
-            return
-        elif what.startswith("mprotect"):
-            steps = re.findall(r"PROT_NONE|PROT_READ\|PROT_WRITE|PROT_READ|RW", what)
-            meaning = {"PROT_NONE": 0, "PROT_READ": int(READ)}
-            for backing, start, pages in parts:
-                for step in steps:
-                    backing.protect(start, pages, meaning.get(step, int(READ | WRITE)))
+        elif what.startswith("fork"):
+            self.child = True
+            for backing in self.backings.values():
+                self.guest.unmapped(backing, backing.fork())
         elif "clear_refs" in what:
-            parts = [(backing, 0, backing.pages) for backing in self.backings.values()]
-            for backing, _, _ in parts:
-                backing.clear_refs()
+            for backing in self.backings.values():
+                self.guest.unmapped(backing, backing.clear_refs())
+        elif "MADV_DONTNEED" in what:
+            for backing, *where in parts:
+                self.guest.unmapped(backing, backing.discard(*where))
+        elif what.startswith("mprotect"):
+            meaning, both = {"PROT_NONE": 0, "PROT_READ": int(host.READ)}, int(host.READ | host.WRITE)
+            for step in re.findall(r"PROT_NONE|PROT_READ\|PROT_WRITE|PROT_READ|RW", what):
+                for backing, *where in parts:
+                    self.guest.unmapped(backing, backing.protect(*where, meaning.get(step, both)))
         elif "MADV_MERGEABLE" in what:
-            for backing, start, pages in parts:
-                backing.merge(start, pages)
-        elif "ksm stop" in what:
-            return
-        else:
+            for backing, *where in parts:
+                self.guest.unmapped(backing, backing.merge(*where))
+        elif "ksm stop" not in what:
             self.out.unexplained.append(f"host action {what!r}")
-            return
-        for backing, start, pages in parts:
-            self.guest.unmapped(backing, start, pages)
 
 
 class Fills:

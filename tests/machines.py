@@ -114,13 +114,10 @@ class Machine:
                 guest.get_dirty_log(slot)
             case 3:
                 first = int(rng.integers(self.ram.pages - 4))
-                self.ram.discard(first, 4)
-                guest.unmapped(self.ram, first, 4)
+                guest.unmapped(self.ram, self.ram.discard(first, 4))
             case 4:
-                self.ram.fork()
-                guest.unmapped(self.ram, 0, self.ram.pages)
+                guest.unmapped(self.ram, self.ram.fork())
             case 5:
                 self.ram.child_exits()
             case 6:
-                self.ram.clear_refs()
-                guest.unmapped(self.ram, 0, self.ram.pages)
+                guest.unmapped(self.ram, self.ram.clear_refs())

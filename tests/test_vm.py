@@ -145,10 +145,8 @@ def test_direct_mmu_is_the_plain_page(steps: list[tuple[int, int] | str]) -> Non
         elif step == "exit":
             slot.backing.child_exits()
         elif step in ("discard", "fork", "refs"):
-            {"discard": lambda: slot.backing.discard(0, 4), "fork": slot.backing.fork, "refs": slot.backing.clear_refs}[
-                step
-            ]()
-            machine.unmapped(slot.backing, 0, 4)
+            act, where = {"discard": ("discard", (0, 4)), "fork": ("fork", ()), "refs": ("clear_refs", ())}[step]
+            machine.unmapped(slot.backing, getattr(slot.backing, act)(*where))
         for page in pages:
             page.act(step)
 
