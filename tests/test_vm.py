@@ -1,6 +1,7 @@
 """The simulated guest: against plain twins, against itself one access at a time, and against what may never be."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -427,3 +428,48 @@ def test_paths_and_returns_have_their_names() -> None:
     """The names that records carry numbers of are those the book uses."""
     assert list(PATHS[:7]) == NAMES and kernel.RETURNS[kernel.RET_FIXED] == "FIXED"
     assert vm.OPS == scenario.OPS
+
+
+def long_mode(accesses: list[list[str]], *, nested: bool) -> play.Prediction:
+    """A client that maps its own pages and 16 of RAM, and whose guest makes these accesses in its first run."""
+    root, ram = "0x10000", "0x1000000"
+    slots = [("0x0", "0x200000", "prefaulted"), (ram, "0x10000", "prefaulted")]
+    maps = [("0x1000", "0x1000", 15, "0x63"), ("0x10000", "0x10000", 496, "0x63"), ("0xa000", "0xa000", 1, "0x65"),
+            (ram, ram, 15, "0x67")]  # fmt: skip
+    rows = [[*row[:2], "0x0", "0x0", *(row[2:] or [None])] for row in accesses]
+    text = json.dumps(
+        {
+            "kernel": "6.1.0", "params": {"kvm_amd.npt": "Y" if nested else "N"},
+            "events": [
+                *({"t": "memslot", "slot": number, "gpa": gpa, "size": size, "flags": 0, "hva": hex(1 << 40 + number),
+                   "backing": how, "ns": 0, "ns_end": 1} for number, (gpa, size, how) in enumerate(slots)),
+                *({"t": "gmap_range", "root": root, "gva": gva, "gpa": gpa, "n": n, "flags": flags}
+                  for gva, gpa, n, flags in maps),
+                {"t": "vcpu", "vcpu": 0, "gmode": "long64", "cr0": "0x80010033", "cr3": root, "cr4": "0x20",
+                 "efer": "0xd01"},
+                {"t": "run", "vcpu": 0, "phase": "", "ns": 2, "ns_end": 3, "accesses": rows},
+            ],
+        }
+    )  # fmt: skip
+    return play.predict(scenario.parse(text))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    ("before", "user", "again"),
+    [
+        ([], "", 3),  # IDT, GDT and stack
+        ([["X", "0x1000ff0"]], "", 2),  # a call has pushed onto the stack before
+        ([], "u", 2),  # IRET to CPL 3 has used stack and GDT; IDT and the task state segment remain
+        ([["uR", "0x1000000"]], "u", 0),  # CPL 3 is left by an interrupt that goes the same way
+        ([["uR", "0x1000000"]], "", 0),
+        ([["W", "0x100f000", "0x2", "0x100f000"]], "u", 1),  # a #PF at CPL 0 needs no task state segment
+    ],
+)
+def test_a_page_fault_is_injected_again_for_each_page_missing_on_its_way(nested, before, user, again) -> None:
+    """KVM injects a #PF anew after each fault in its delivery, which touches what CPL it came from makes it touch."""
+    code = "0x6" if user else "0x2"
+    said = long_mode([*before, [f"{user}W", "0x100f000", code, "0x100f000"]], nested=nested)
+    mine = [error for _, error, reinjected in said.injected if reinjected and error == int(code, 16)]
+    assert len(mine) == again
+    assert all(item.agrees for item in said.values if item.kind != "value")
