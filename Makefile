@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 SOURCES := _config.yml _toc.yml $(shell find book mmu -type f -not -path '*/__pycache__/*' -not -path '*/.ipynb_checkpoints/*')
 CHAPTERS := $(sort $(wildcard book/*.ipynb))
 
-.PHONY: book test site bench wheel lab chapters text fold capture lint clean
+.PHONY: book test site bench measure wheel lab chapters text fold capture lint clean
 
 book: _build/html/index.html
 	@echo "The book is built. Open: file://$(CURDIR)/_build/html/index.html"
@@ -23,6 +23,10 @@ site: $(READY)
 # The package against its peers; kept out of `make test`.
 bench: $(READY) _build/html/index.html
 	$(BIN)/python -m tests.bench
+
+# How cost grows, into book/data/measured.json, which chapters draw; best on a quiet machine. Then `make chapters`.
+measure: $(READY)
+	$(BIN)/python -m tests.bench --measure
 
 # The package alone: built, installed without the book, and tested.
 wheel: $(READY)

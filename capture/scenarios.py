@@ -103,6 +103,11 @@ class Script:
         self.say("go")
         self.get(*slots)
 
+    def step(self, name: str, accesses: Iterable[Access], *slots: int, phase: str = "") -> None:
+        """A phase with one run, and then the dirty logs of ``slots``."""
+        self.phase(phase or name)
+        self.run(name, accesses, *slots)
+
     def get(self, *slots: int) -> None:
         """Fetch dirty logs."""
         for slot in slots:
@@ -148,7 +153,7 @@ def finish(s: Script, *ranges: tuple[int, int, int, int], vcpus: int = 1) -> Non
 
 
 def demand_paging(s: Script) -> None:
-    """A."""
+    """A: demand paging."""
     plain(s, 256)
     for phase, accesses in {
         "A1_write_fresh": [
@@ -159,16 +164,14 @@ def demand_paging(s: Script) -> None:
         "A4_write_after_read": each("W", range(192, 256), value=lambda page: 0x2000 + page),
         "A5_rewrite_all": each("RMW", range(256)),
     }.items():
-        s.phase(phase)
-        s.run(phase, accesses)
+        s.step(phase, accesses)
 
 
 def dirty_log(s: Script) -> None:
-    """B."""
+    """B: dirty log, several rounds."""
     every = range(256)
     plain(s, 256)
-    s.phase("B0_populate")
-    s.run("B0_populate", each("W", every, 0, own))
+    s.step("B0_populate", each("W", every, 0, own))
     s.phase("B1_enable_log")
     s.slot(1, RAM, 256, LOG, SMALL)
     s.get(1)
@@ -190,8 +193,7 @@ def dirty_log(s: Script) -> None:
         s.get(1)
     s.phase("B7_disable_log")
     s.slot(1, RAM, 256, 0, SMALL)
-    s.phase("B8_write_after_disable")
-    s.run("B8_write_after_disable", each("W", every, 0x30, own))
+    s.step("B8_write_after_disable", each("W", every, 0x30, own))
 
 
 def congruential(seed: int) -> Iterable[int]:
@@ -207,7 +209,7 @@ def drawn(numbers: Iterable[int], count: int, op: Callable[[int], str]) -> list[
 
 
 def random_accesses(s: Script) -> None:
-    """C."""
+    """C: drawn accesses, a dirty log from the third round on."""
     plain(s, 128)
     s.say(
         "json",
@@ -223,7 +225,7 @@ def random_accesses(s: Script) -> None:
 
 
 def mmio(s: Script) -> None:
-    """D."""
+    """D: MMIO, a slot laid over it and taken away."""
 
     def device(pages: Iterable[int], *accesses: tuple[str, int, int, int]) -> list[Access]:
         """Per page: (op, offset, value, factor of the page number in it)."""
@@ -235,12 +237,9 @@ def mmio(s: Script) -> None:
 
     plain(s, 64, (DEVICE, DEVICE, 16, 0x63))
     low, high = range(8), range(8, 12)
-    s.phase("D1_first_touch_rw")
-    s.run("D1_first_touch_rw", device(low, ("R", 0x10, 0, 0), ("W", 0x20, 0xABC0, 1)))
-    s.phase("D2_second_touch_cached")
-    s.run("D2_second_touch_cached", device(low, ("R", 0x30, 0, 0), ("W", 0x40, 0xDEF0, 1)) * 3)
-    s.phase("D3_write_first")
-    s.run("D3_write_first", device(high, ("W", 0, 0, 1), ("R", 0, 0, 1)))
+    s.step("D1_first_touch_rw", device(low, ("R", 0x10, 0, 0), ("W", 0x20, 0xABC0, 1)))
+    s.step("D2_second_touch_cached", device(low, ("R", 0x30, 0, 0), ("W", 0x40, 0xDEF0, 1)) * 3)
+    s.step("D3_write_first", device(high, ("W", 0, 0, 1), ("R", 0, 0, 1)))
     s.phase("D4_memslot_generation_bump")
     s.slot(5, 0x5000000, 16, 0, "anon, unrelated (bumps memslot generation)")
     s.run("D4_after_gen_bump", device(low, ("R", 0x50, 0, 0), ("R", 0x58, 0, 0)))
@@ -277,8 +276,7 @@ def page_tables(s: Script) -> None:
         return [*entry(page, page, flags), at("INVLPG", page)]
 
     def run(name: str, accesses: Iterable[Access], phase: str = "") -> None:
-        s.phase(phase or name)
-        s.run(name, accesses, *logs)
+        s.step(name, accesses, *logs, phase=phase)
 
     run("E1_read_clean_AD0", [at("R", p) for p in range(32)])
     run("E2_write_clean_to_dirty", [at("W", p, 0, 0x100 + p) for p in range(32)])
@@ -353,20 +351,16 @@ def read_only(s: Script) -> None:
     def at(op: str, page: int, offset: int = 0, value: int = 0) -> Access:
         return op, ROM + page * PAGE + offset, value
 
-    def run(name: str, accesses: list[Access], phase: str = "") -> None:
-        s.phase(phase or name)
-        s.run(name, accesses)
-
     backing = "anon prefaulted READONLY memslot"
     s.slot(1, RAM, 64, 0, SMALL)
     s.maps(0x10000, (RAM, RAM, 64, 0x67), (ROM, ROM, 32, 0x67))
     s.slot(3, ROM, 32, READONLY, backing)
     s.say("fill", ROM, 32 * PAGE, 0x33)
     s.say("vcpu", 0, 0x10000)
-    run("F1_read_ro", [at("R", p) for p in range(16)])
-    run("F2_write_ro_after_read", [at("W", p, 8, 0xF0 + p) for p in range(16)])
-    run("F3_write_ro_first", [at("W", p, 8, 0xF0 + p) for p in range(16, 24)])
-    run("F4_rw_again", over(range(24), lambda p: [at("R", p, 8), at("W", p, 0x10, p)]))
+    s.step("F1_read_ro", [at("R", p) for p in range(16)])
+    s.step("F2_write_ro_after_read", [at("W", p, 8, 0xF0 + p) for p in range(16)])
+    s.step("F3_write_ro_first", [at("W", p, 8, 0xF0 + p) for p in range(16, 24)])
+    s.step("F4_rw_again", over(range(24), lambda p: [at("R", p, 8), at("W", p, 0x10, p)]))
     s.phase("F5_host_writes_ro_backing")
     s.say("fill", ROM, 32 * PAGE, 0x44)
     s.run("F5", [at("R", p) for p in range(8)])
@@ -380,8 +374,7 @@ def two_vcpus(s: Script) -> None:
     """G: both run freely while the log is fetched again and again."""
     pages = range(48)
     plain(s, 64, vcpus=2)
-    s.phase("G0_populate")
-    s.run("G0_populate", each("W", range(64)))
+    s.step("G0_populate", each("W", range(64)))
     s.run("G0_v1", each("R", [0]), vcpu=1)
     s.phase("G1_enable_log")
     s.slot(1, RAM, 64, LOG, SMALL)
@@ -396,10 +389,9 @@ def two_vcpus(s: Script) -> None:
 
 
 def two_in_step(s: Script) -> None:
-    """G2."""
+    """G2: both vCPUs in rounds."""
     plain(s, 64, vcpus=2)
-    s.phase("G0_populate")
-    s.run("G0_populate", each("W", range(64)))
+    s.step("G0_populate", each("W", range(64)))
     s.run("G0_v1", each("R", [0]), vcpu=1)
     s.slot(1, RAM, 64, LOG, SMALL)
     s.get(1)
@@ -412,11 +404,10 @@ def two_in_step(s: Script) -> None:
 
 
 def host_side(s: Script) -> None:
-    """H."""
+    """H: what the host does to the mapping behind a slot."""
     every, third, even = range(64), range(32, 48), range(0, 64, 2)
     plain(s, 64)
-    s.phase("H0_populate")
-    s.run("H0_populate", each("W", every, 0, own))
+    s.step("H0_populate", each("W", every, 0, own))
     s.phase("H1_dontneed")
     s.host("dontneed", 0, 16)
     s.run("H1_after_dontneed", over(range(24), lambda p: each("R", [p]) + each("W", [p], 8, own)))
@@ -455,33 +446,30 @@ def host_side(s: Script) -> None:
 
 
 def huge_pages(s: Script) -> None:
-    """I."""
+    """I: huge pages, split by a dirty log and rebuilt."""
     plain(s, 1024, backing=LARGE)
     s.say("fill", RAM, 1024 * PAGE, 0x01)
     for page in range(0, 1024, 128):
         s.say("code", RAM + page * PAGE)
     steps = range(0, 1024, 64)
-    s.phase("I0_populate_huge")
-    s.run("I0_populate_huge", each("W", steps, 0, own))
+    s.step("I0_populate_huge", each("W", steps, 0, own))
     s.phase("I0b_fetch_huge")
     call = lambda p: each("X", [p], 0xFF0) + each("R", [p], 0xFF0)  # noqa: E731
     s.run("I0b_fetch_huge", over(range(0, 1024, 256), lambda p: call(p) + each("W", [p], 0xFE0, lambda _: 1)))
     s.phase("I1_enable_log")
     s.slot(1, RAM, 1024, LOG, LARGE)
-    s.phase("I2_write_some")
-    s.run("I2_write_some", each("W", range(0, 1024, 16), 8, own), 1)
+    s.step("I2_write_some", each("W", range(0, 1024, 16), 8, own), 1)
     s.phase("I3_write_some_again")
     again = over(range(0, 1024, 32), lambda p: each("R", [p + 1]) + each("W", [p], 0x10, own))
     s.run("I3", again, 1)
-    s.phase("I3b_fetch")
-    s.run("I3b_fetch", over(range(0, 1024, 128), call), 1)
+    s.step("I3b_fetch", over(range(0, 1024, 128), call), 1)
     s.phase("I4_disable_log")
     s.slot(1, RAM, 1024, 0, LARGE)
     s.run("I4_after_disable", each("RMW", steps))
 
 
 def dirty_ring(s: Script) -> None:
-    """K."""
+    """K: dirty ring, filled once."""
     every = range(256)
 
     def harvest(why: str = "round") -> None:
@@ -490,15 +478,12 @@ def dirty_ring(s: Script) -> None:
     s.slot(1, RAM, 256, 0, SMALL)
     s.say("cap", CAP_RING, 4096)
     finish(s, (RAM, RAM, 256, 0x67))
-    s.phase("K0_populate")
-    s.run("K0_populate", each("W", every, 0, own))
+    s.step("K0_populate", each("W", every, 0, own))
     s.phase("K1_enable_log")
     s.slot(1, RAM, 256, LOG, SMALL)
-    s.phase("K2_write_64")
-    s.run("K2_write_64", each("W", range(64), 8, own))
+    s.step("K2_write_64", each("W", range(64), 8, own))
     harvest()
-    s.phase("K3_write_all_ring_full")
-    s.run("K3_write_all_ring_full", each("W", every, 0x10, own))
+    s.step("K3_write_all_ring_full", each("W", every, 0x10, own))
     harvest()
     s.phase("K4_write_every_4th_twice")
     s.run("K4", each("RMW", every[::4], 0x18) * 2)
@@ -507,33 +492,28 @@ def dirty_ring(s: Script) -> None:
 
 
 def steady_state(s: Script) -> None:
-    """L."""
+    """L: forty rounds alike."""
     plain(s, 128)
     s.say("json", text='{"t":"seed","lcg":"0x77"}')
     numbers = congruential(0x77)
-    s.phase("L0_populate")
-    s.run("L0_populate", each("W", range(128), 0, own))
+    s.step("L0_populate", each("W", range(128), 0, own))
     s.slot(1, RAM, 128, LOG, SMALL)
     for turn in range(40):
-        s.phase(f"L_round{turn}")
-        s.run(f"L_round{turn}", drawn(numbers, 60, lambda r: "RW"[(r >> 8) % 20 >= 10]), 1)
+        s.step(f"L_round{turn}", drawn(numbers, 60, lambda r: "RW"[(r >> 8) % 20 >= 10]), 1)
 
 
 def manual_protect(s: Script, how: int) -> None:
-    """P1 and P3."""
+    """P1 and P3: manual protection; 3 is initially all set."""
     every = range(256)
     s.slot(1, RAM, 256, 0, SMALL)
     s.say("cap", CAP_MANUAL, how)
     finish(s, (RAM, RAM, 256, 0x67))
-    s.phase("P0_populate")
-    s.run("P0_populate", each("W", every, 0, own))
+    s.step("P0_populate", each("W", every, 0, own))
     s.phase("P1_enable_log")
     s.slot(1, RAM, 256, LOG, SMALL)
     s.get(1)
-    s.phase("P2_write_all")
-    s.run("P2_write_all", each("W", every, 0x8, own), 1)
-    s.phase("P3_write_without_clear")
-    s.run("P3_write_without_clear", each("W", every[::2], 0x10, own), 1)
+    s.step("P2_write_all", each("W", every, 0x8, own), 1)
+    s.step("P3_write_without_clear", each("W", every[::2], 0x10, own), 1)
     s.phase("P4_clear_first_half")
     s.clear(1, 0, range(128), 128)
     s.run("P4_write_fourth", each("W", every[::4], 0x18, own), 1)

@@ -11,12 +11,12 @@ races     ``program`` ``protocols`` ``today`` ``placing`` ``machine`` ``hashset`
           ``board`` ``litmus`` ``explore_cli``: protocols as text, and every interleaving of them (5 to 10, 12)
 machine   ``host`` ``slots`` ``kernel`` ``direct`` ``shadow`` ``vm`` ``scenario`` ``places`` ``walks`` ``play``
           ``explain`` ``replay``: a simulated guest, held against recordings (4)
-rules     ``values`` ``chains`` ``order`` ``conform`` ``check`` ``causes``: what a trace may say, and what it must
-          not (4, 13)
+rules     ``values`` ``chains`` ``order`` ``elements`` ``exits`` ``conform`` ``check`` ``causes``: what a trace may
+          say, and what it must not (4, 13)
 time      ``published`` ``queueing`` ``trials`` ``workload`` ``rounds`` ``cost`` ``sweep`` ``readers``: what faults,
           locks and waiting cost (1, 5, 11)
-book      ``picture`` ``figures`` ``prices`` ``diagrams`` ``graces`` ``charts`` ``answers`` ``faultlanes`` ``exercise``
-          ``widgets``: pictures, exercises and players; they need matplotlib and anywidget
+book      ``picture`` ``figures`` ``prices`` ``diagrams`` ``graces`` ``charts`` ``measured`` ``answers``
+          ``faultlanes`` ``exercise`` ``widgets``: pictures, exercises and players; they need matplotlib and anywidget
 commands  ``__main__``: ``python -m mmu``
 ========= ===========================================================================================================
 

@@ -11,17 +11,29 @@ import argparse
 import json
 import os
 import sys
-from typing import Any
-
-from mmu import check as checking
-from mmu import explore_cli, pfec, report, spte
-from mmu.bits import as_words
+from typing import Any, NoReturn
 
 DONE, DISAGREE, UNUSABLE, STOPPED = 0, 1, 2, 3
 
 
 def _emit(value: dict[str, Any]) -> None:
     print(json.dumps(value, indent=None, allow_nan=False))
+
+
+def _stopped(arguments: list[str]) -> int:
+    """Say that Ctrl-C came before there was anything to tell."""
+    print("stopped before it was done", file=sys.stderr)
+    if "--json" in arguments:
+        _emit({"complete": False, "stopped": "interrupted"})
+    return STOPPED
+
+
+try:  # reading the package takes a moment, in which Ctrl-C may come
+    from mmu import check as checking
+    from mmu import explore_cli, pfec, report, spte
+    from mmu.bits import hexadecimal
+except KeyboardInterrupt:
+    sys.exit(_stopped(sys.argv))
 
 
 def _decode_code(code: int) -> dict[str, Any]:
@@ -53,13 +65,17 @@ DECODERS = {
 
 def decode(options: argparse.Namespace) -> int:
     """Decode one word."""
+    record = {"kind": options.kind, "value": options.value, "layout": options.layout}
     try:
-        value = pfec.PFEC.parse(options.value) if options.kind == "pfec" else _hexadecimal(options.value)
+        flags = options.kind == "pfec" and options.value.strip()  # no flag at all is no code
+        value = pfec.PFEC.parse(options.value) if flags else hexadecimal(options.value)
         decoded = DECODERS[options.kind](value, options.layout)
     except ValueError as error:
         print(f"decode: {error}", file=sys.stderr)
+        if options.json:
+            _emit({**record, **dict.fromkeys(("fields", "state", "verdict", "reason", "text")), "error": str(error)})
         return UNUSABLE
-    record = {"kind": options.kind, "value": f"{value:#x}", "layout": options.layout, **decoded}
+    record |= {"value": f"{value:#x}", **decoded}
     if options.json:
         _emit(record)
         return DONE
@@ -75,24 +91,24 @@ def decode(options: argparse.Namespace) -> int:
     return DONE
 
 
-def _hexadecimal(text: str) -> int:
-    try:
-        return int(as_words(int(text, 16)))
-    except ValueError:
-        raise ValueError(f"{text!r} is no 64-bit hexadecimal number; expected for example 0x1aa") from None
-
-
 def check(options: argparse.Namespace) -> int:
     """Compare records with the package's own answers."""
-    files, worst = [], DONE
+    files, errors, worst = [], [], DONE
     for path in options.files:
         try:
             checked = checking.check(path, scenario=options.scenario, layout=options.layout)
         except checking.Unusable as error:
             print(f"check: {error}", file=sys.stderr)
+            errors.append({"path": path, "reason": str(error)})
             worst = UNUSABLE
             continue
+        except KeyboardInterrupt:
+            print(f"check: {path}: PARTIAL: stopped before it was done", file=sys.stderr)
+            worst = STOPPED
+            break
         files.append(checked)
+        if not checked.of and checked.complete:
+            print(f"check: {path}: nothing in it to compare", file=sys.stderr)
         fine = checked.agree == checked.of and not checked.findings
         worst = max(worst, UNUSABLE if not checked.of else DONE if fine else DISAGREE)
         if not options.json:
@@ -102,7 +118,8 @@ def check(options: argparse.Namespace) -> int:
             break
     agree, of = sum(f.agree for f in files), sum(f.of for f in files)
     if options.json:
-        _emit({"files": [f.as_json() for f in files], "agree": agree, "of": of, "complete": worst != STOPPED})
+        told = {"files": [f.as_json() for f in files], "errors": errors}
+        _emit({**told, "agree": agree, "of": of, "complete": worst != STOPPED})
     else:
         print(f"agree {agree} of {of}")
     return worst
@@ -141,9 +158,20 @@ def _print_checked(checked: checking.Checked) -> None:
 _LAYOUT_HELP = f"one of {', '.join(spte.LAYOUTS)}; default {spte.DEFAULT}"
 
 
+class _Usage(Exception):
+    """The arguments are none that the command takes."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        raise _Usage(f"{self.prog}: {message}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; the return value is the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m mmu", description=__doc__.split("\n\n")[0])
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = _Parser(prog="python -m mmu", description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     one = commands.add_parser("decode", help="say what the bits of one word mean")
@@ -164,15 +192,34 @@ def main(arguments: list[str] | None = None) -> int:
     report.add_parser(commands)
     for command in (one, two):
         command.add_argument("--json", action="store_true", help="print exactly one JSON object")
-    options = parser.parse_args(arguments)
+    if hasattr(sys.stdout, "reconfigure"):  # not every terminal knows every character, and paths may hold any byte
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return options.run(options)
+        options = parser.parse_args(arguments)
+        code = options.run(options)
+        print(end="", flush=True)
+        return code
+    except _Usage as error:
+        print(error, file=sys.stderr)
+        if "--json" in arguments:
+            _emit({"error": str(error)})
+        return UNUSABLE
     except KeyboardInterrupt:
-        print(f"{options.command}: stopped before it was done", file=sys.stderr)
-        return STOPPED
+        return _stopped(arguments)
     except BrokenPipeError:  # whoever read the output has seen enough
-        sys.stdout = open(os.devnull, "w")  # what is still buffered has nowhere to go
+        _discard_output()
         return DONE
+    except OSError as error:  # input that cannot be read was dealt with: this is the output, on a full disk
+        _discard_output()
+        print(f"{parser.prog}: {error.strerror or error}", file=sys.stderr)
+        return UNUSABLE
+
+
+def _discard_output() -> None:
+    """What is still buffered has nowhere to go: at its end Python shall not try once more."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 if __name__ == "__main__":

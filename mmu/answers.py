@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mmu import published
 from mmu.figures import Row
-from mmu.picture import LOCK, PAPER, VCPU, Picture, canvas
+from mmu.picture import LOCK, PAPER, VCPU, Picture, canvas, is_narrow, two_widths
 from mmu.spte import LAYOUTS
 
 KERNELS = ("2012", "3.6", "5.10", "6.1", "6.12")
@@ -68,6 +68,7 @@ def where(name: str, layout: str) -> str:
     return f"{field.low}" if field.width == 1 else f"{field.top}:{field.low}"
 
 
+@two_widths
 def moved_cost(table: NDArray[np.void] = published.EAGER_SPLIT) -> Picture:
     """Who waits for the splitting of huge pages: bars of two phases, for two kernels, as published. Chapter 12.
 
@@ -79,20 +80,23 @@ def moved_cost(table: NDArray[np.void] = published.EAGER_SPLIT) -> Picture:
         "write": {"facecolor": VCPU[0], "edgecolor": VCPU[0]},
     }
     findings = []
-    with canvas(7.0, 2.0) as figure:
+    sep = "\n" if is_narrow() else ", "
+    with canvas(7.0, 2.0, narrow=2.6) as figure:
         axes = figure.add_subplot()
         for row, entry in enumerate(table):
             start = 0.0
             for phase in ("enable", "write"):
                 axes.barh(row, entry[phase], left=start, height=0.42, linewidth=1.2, **style[phase])
                 start += float(entry[phase])
-            text = f"switching the log on {entry['enable']:g} s, the guest’s first writes {entry['write']:g} s"
+            text = f"switching the log on {entry['enable']:g} s{sep}the guest’s first writes {entry['write']:g} s"
             axes.text(0, row - 0.3, text, va="bottom", size=9)
             findings.append(
                 f"split {entry['split']}: {entry['enable']:g} s to switch the log on, {entry['write']:g} s for the "
                 "first writes"
             )
-        axes.set_yticks(range(len(table)), [f"split {name}".replace(" when ", "\nwhen ") for name in table["split"]])
+        names = [f"split {name}".replace(" when ", "\nwhen ") for name in table["split"]]
+        names = [name.replace(" is ", "\nis ") if is_narrow() else name for name in names]
+        axes.set_yticks(range(len(table)), names, size=9)
         axes.set(ylim=(len(table) - 0.6, -0.7), xlim=(0, 3.2), xlabel="seconds, 96 vCPUs")
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)

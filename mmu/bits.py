@@ -53,6 +53,22 @@ def as_words(value: Any, what: str = "value") -> NDArray[np.uint64]:
     return array.astype(np.uint64)
 
 
+def hexadecimal(text: str) -> int:
+    """The 64-bit word that a hexadecimal number stands for, ``0x`` optional.
+
+    Raises:
+        ValueError: it is no such number; the message names it.
+
+    >>> hexadecimal("0x1AA"), hexadecimal("1aa")
+    (426, 426)
+    """
+    digits = text.strip()
+    # int(text, 16) alone would take "1_0", "+1" and other scripts' digits
+    if not _HEXADECIMAL.fullmatch(digits) or int(digits, 16) > _TOP:
+        raise ValueError(f"{text!r} is no 64-bit hexadecimal number; expected for example 0x1aa")
+    return int(digits, 16)
+
+
 def like(value: Any, words: NDArray[Any]) -> Any:
     """Return ``words`` as a plain Python scalar where ``value`` was a scalar, else as the array it is."""
     return words.item() if np.ndim(value) == 0 and not isinstance(value, np.ndarray) else words
@@ -213,11 +229,12 @@ class Layout(Mapping[str, Field]):
         (18, 7, 0)
         """
         word = 0
-        for part in filter(None, text.strip().split("|")):
+        for part in text.split("|") if text.strip() else ():
+            part = part.strip()
             if part in self._fields and self[part].width == 1:
                 word |= self[part].mask
                 continue
-            if not _HEXADECIMAL.fullmatch(part):  # int(part, 16) alone would take "1_0", "-1" and other scripts' digits
+            if not _HEXADECIMAL.fullmatch(part):
                 flags = "|".join(name for name in self if self[name].width == 1)
                 raise ValueError(f"{self.name}: {part!r} is neither a flag ({flags}) nor a hexadecimal number")
             word |= int(as_words(int(part, 16), self.name))

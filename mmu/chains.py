@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmu import histories, spte, trace, update, values
-from mmu.histories import FAST, MARK, TDP, UNNAMED
+from mmu.histories import FAST, MARK, SET, TDP, UNNAMED
 from mmu.ledger import Ledger, Rule
 from mmu.scan import MISSING
 from mmu.spte import FROZEN, NON_LEAF, NONE, REMOVED, SpteLayout
@@ -37,7 +37,7 @@ UNSET = Rule(
     "layout, history",
 )
 SEEN = Rule("the fast path finds what the entry's events left", "Linux 6.1 mmu.c, fast_page_fault", "layout, history")
-TAKEN = Rule("when W is gone again after a fast fix, an event tells who took it", _EACH, "layout, history")
+TAKEN = Rule("when a fast fix is gone again at once, an event tells who undid it", _EACH, "layout, history")
 MOVED = Rule(
     "a table stays where it is", "Linux 6.1 mmu.c, kvm_mmu_get_page: a new place is a new page", "layout, history"
 )
@@ -45,7 +45,7 @@ RULES = (LINK, UNSET, SEEN, TAKEN, MOVED)
 
 KNOWN = 1 << 20  # sptes whose last change is remembered
 HELD = 64  # lines at the end of a piece whose changes wait for what may stand out of order behind them
-CLOSE = 10_000_000  # ns: an event is printed no later than this after its change (chosen, not known)
+CLOSE = 100_000_000  # ns: an event is printed no later than this after its change (chosen; 16 ms were seen recorded)
 EPOCH = np.uint64(58)  # bits 58 to 60 of a name; they tell histories apart that a new root or a loss separates
 _NO = np.uint64(MISSING)
 _ORDERS = [(2, [1, 0]), (3, [1, 2, 0]), (3, [2, 0, 1]), (3, [2, 1, 0])]  # in which neighbours may really have come
@@ -219,7 +219,7 @@ class Chains:
         lines = before["line"], changes["line"]
         for rule, of in ((LINK, judged & tdp), (UNSET, judged & ~tdp)):
             self.ledger.judge(rule, int(of.sum()), np.flatnonzero(bad & of), lines, say)
-        self._judge_taken(changes, before, tdp)
+        self._judge_taken(changes, left, before, tdp)
 
     def _reordered(self, changes: NDArray[Any], left: Words, before: NDArray[Any], bad: Bools, tdp: Bools) -> Bools:
         """Which broken links are whole when two or three neighbours of different tasks are read in another order.
@@ -286,10 +286,10 @@ class Chains:
         both = np.concatenate([self._splits, both])[-KNOWN // 16 :]
         self._splits = both[np.lexsort((both["line"], both["key"]))]
 
-    def _judge_taken(self, changes: NDArray[Any], before: NDArray[Any], tdp: Bools) -> None:
-        """In the TDP MMU, ``new`` of a fixed fault lacks W only when a neighbour of the chain took it."""
+    def _judge_taken(self, changes: NDArray[Any], left: Words, before: NDArray[Any], tdp: Bools) -> None:
+        """In the TDP MMU, ``new`` of a fixed fault is what it wrote, or what a neighbour of the chain made of it."""
         fixed = (changes["event"] == FAST) & tdp
-        lacks = np.flatnonzero(fixed & (changes["new"] & self._w == 0))
+        lacks = np.flatnonzero(fixed & ((changes["new"] ^ left) & ~self._used != 0))
         n = len(changes)
         told = np.zeros(len(lacks), dtype=np.bool_)
         for step in (-2, -1, 1, 2, 3):
@@ -297,7 +297,8 @@ class Chains:
             state = before["left"][near]  # a change that stands before it came behind it, if it fits there
             fits = np.bool_(step > 0) | self._linked(state, before["line"][near] > 0, changes["old"][lacks], tdp[lacks])
             fits &= (changes["key"][near] == changes["key"][lacks]) & (changes["event"][near] == TDP)
-            fits &= (changes["new"][near] & self._w == 0) & (changes["pid"][near] != changes["pid"][lacks])
+            fits &= (changes["new"][near] ^ changes["new"][lacks]) & ~self._used == 0
+            fits &= changes["pid"][near] != changes["pid"][lacks]
             told |= fits
         self.ledger.judge(TAKEN, int(fixed.sum()), lacks[~told], (changes["line"],), lambda i: _name(changes[i]))
 
@@ -362,8 +363,10 @@ class Chains:
     def _judge_places(self, piece: trace.Trace, rows: NDArray[Any]) -> None:
         """Entries of one table lie in one page, until the table is made anew; direct tables, whose gfns tell them."""
         sets = rows["restated"] & (rows["event"] != FAST) & (rows["at"] != _NO)
-        fast = (rows["event"] == FAST) & (rows["sptep"] >= np.uint64(1 << 63)) & np.bool_(self.names.offset is not None)
-        of = rows[sets | (fast & np.bool_(not self.names.spaces))]
+        fast = (rows["event"] == FAST) & histories.unhashed(rows["sptep"]) & np.bool_(self.names.offset is not None)
+        marks = rows["restated"] & (rows["event"] == MARK) & histories.unhashed(rows["sptep"])
+        marks &= np.bool_(self.names.offset is not None)
+        of = rows[sets | marks | (fast & np.bool_(not self.names.spaces))]
         made = piece["kvm_mmu_get_page"]
         made = made[made["level"] > 0]
         new = np.zeros(len(made), dtype=_PLACE)
@@ -374,7 +377,7 @@ class Chains:
         covers = np.uint64(9) * np.clip(of["level"], 1, 5).astype(np.uint64)
         gfn = of["gfn"] >> covers << covers
         seen["key"] = histories.key_of_gfn(np.zeros(len(of), dtype=np.int64), of["level"], gfn)
-        where = np.where(of["event"] == FAST, of["sptep"] - np.uint64(self.names.offset or 0), of["at"])
+        where = np.where(of["event"] == SET, of["at"], of["sptep"] - np.uint64(self.names.offset or 0))
         seen["epoch"], seen["line"], seen["frame"] = of["epoch"], of["line"], where >> np.uint64(12)
         every = np.concatenate([self._places, seen])
         every = every[np.lexsort((every["line"], every["key"]))]

@@ -12,11 +12,12 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from mmu import cost, trials
-from mmu.picture import FAINT, FAST, INK, LOCK, PAPER, Picture, canvas
+from mmu.picture import FAINT, FAST, INK, LOCK, PAPER, Picture, canvas, is_narrow, two_widths
 from mmu.trials import SEED, Comparison, permutation
 from mmu.workload import frame_buffer_pages
 
 
+@two_widths
 def seed_points(rows: Sequence[Comparison] = SEED) -> Picture:
     """Every run of the message's tables, as a share of the mean before; runs of the same number are joined.
 
@@ -25,7 +26,8 @@ def seed_points(rows: Sequence[Comparison] = SEED) -> Picture:
     """
     shorter = sum(row.gain > 0 for row in rows)
     paired = [(b, a) for row in rows for b, a in zip(*row.times(), strict=True)]
-    with canvas(7.0, 0.9 + 0.52 * len(rows)) as figure:
+    names = [row.test.replace(" -", "\n-") if is_narrow() else row.test for row in rows]
+    with canvas(7.0, 0.9 + 0.52 * len(rows), narrow=0.9 + 0.6 * len(rows)) as figure:
         axes = figure.add_subplot()
         for place, row in enumerate(rows):
             before, after = (100 * runs / row.times()[0].mean() for runs in row.times())
@@ -43,9 +45,10 @@ def seed_points(rows: Sequence[Comparison] = SEED) -> Picture:
                 size=9,
             )
         axes.plot([100, 100], [-0.6, len(rows) - 0.4], color=INK, linewidth=0.8, linestyle=":", zorder=0)
-        axes.set_yticks(range(len(rows)), [f"{row.test}\n{row.mmu}" for row in rows], size=8)
+        axes.set_yticks(range(len(rows)), [f"{name}\n{row.mmu}" for name, row in zip(names, rows, strict=True)], size=8)
         axes.set(xlim=(68, 149), ylim=(len(rows) - 0.4, -1.0), xlabel="time of a run, % of the mean before")
-        axes.text(69, -0.75, "■ before   ○ after the patch, one row a run", size=9, va="center", color=INK)
+        key = "■ before   ○ after" if is_narrow() else "■ before   ○ after the patch, one row a run"
+        axes.text(69, -0.75, key, size=9, va="center", color=INK)
         axes.text(148, -0.75, "means", size=9, ha="right", va="center", color=INK)
         axes.tick_params(axis="y", length=0)
     plural, has = ("", "has") if len(rows) == 1 else ("s", "have")
@@ -65,12 +68,13 @@ _LINES = {
 }
 
 
+@two_widths
 def curves() -> Picture:
     """The model's time for a page against the number of vCPUs, with every published figure beside it. Chapter 11."""
     many = np.unique(np.geomspace(1, 128, 60).astype(np.int64))
     models = {law: cost.fit(law) for law in cost.LAWS}
     rows = [check for check in cost.checks() if check.unit == "µs"]
-    with canvas(7.0, 4.2) as figure:
+    with canvas(7.0, 4.2, narrow=4.2) as figure:
         axes = figure.add_subplot()
         for name, (label, colour, width, style) in _LINES.items():
             low, high = (
@@ -101,6 +105,7 @@ def curves() -> Picture:
     )
 
 
+@two_widths
 def explained(interval: float = 0.030, strides: Sequence[int] = (2000, 4096)) -> Picture:
     """Which fault rates and savings would explain the two gains of x11perf, and what is known of either. Chapter 11.
 
@@ -119,14 +124,18 @@ def explained(interval: float = 0.030, strides: Sequence[int] = (2000, 4096)) ->
         axes.axvspan(min(saved), max(saved), facecolor="#DFE3E8", edgecolor=FAINT, linewidth=0.8, zorder=0)
         plate = {"facecolor": PAPER, "edgecolor": "none", "pad": 1.5}
         middle = np.sqrt(min(rates) * max(rates)) / 1e3
-        axes.text(0.115, middle, "500 rows at each refresh", va="center", size=9, bbox=plate)
-        axes.text(max(saved) * 1.06, 250, "saved a page,\nre-spins of 2012\n(1 GiB inferred)", size=8, va="center")
-        for mmu, style, x, y in (("EPT", "-", 0.115, 26), ("soft MMU", "--", 2.2, 45)):
+        axes.text(0.115, middle, "500 rows at each refresh", va="center", size=7.5 if is_narrow() else 9, bbox=plate)
+        size, sep = (7.5, "\n") if is_narrow() else (9, " ")
+        known = f"saved a page,\nre-spins{sep}of 2012\n(1 GiB inferred)"
+        axes.text(max(saved) * 1.06, 250, known, size=size - 1, va="center")
+        for mmu, style, x, y in (
+            ("EPT", "-", 0.115, 24 if is_narrow() else 26),
+            ("soft MMU", "--", 3.4 if is_narrow() else 2.2, 45),
+        ):
             gain = trials.seed("x11perf -comppixwin500", mmu).gain
             rate = cost.rate_to_explain(gain, span) / 1e3
             axes.plot(span, rate, color=INK, linewidth=2, linestyle=style)
-            label = f"{mmu}: {100 * gain:.1f} % of the time"
-            axes.text(x, y, label, size=9, va="center")
+            axes.text(x, y, f"{mmu}: {100 * gain:.1f} %{sep}of the time", size=size, va="center")
             low, high = (float(cost.saving_to_explain(gain, each)) for each in (max(rates), min(rates)))
             needed.append(f"{mmu} {low:.1f} to {high:.1f}")
         _log(axes, "x", [0.1, 0.3, 1, 3, 10, 30])
@@ -139,6 +148,7 @@ def explained(interval: float = 0.030, strides: Sequence[int] = (2000, 4096)) ->
     )
 
 
+@two_widths
 def deals(row: Comparison) -> Picture:
     """Every way to deal a comparison's runs into two heaps, by the difference of their means. Chapter 11."""
     before, after = row.times()

@@ -6,6 +6,7 @@ prints what comes back; chapters call :func:`check` on a file and look at the di
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 import sys
@@ -59,14 +60,14 @@ class Checked:
 
 
 def read_bytes(path: str) -> bytes:
-    """The content of a file, or of standard input for ``-``; gzip is undone.
+    """The content of a file, or of standard input for ``-``; gzip is undone, a byte order mark left out.
 
     Raises:
         Unusable: it cannot be opened, or its compressed data end or break off too early.
     """
     try:
         raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-        return gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+        return (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise Unusable(f"{path}: {error.strerror or error}") from None
     except (EOFError, zlib.error) as error:
@@ -122,6 +123,8 @@ def _litmus(path: str, raw: bytes, **_: Any) -> Checked:
             verdicts = litmus.check({"tests": [test for number, test in enumerate(tests, 1) if number not in bad]})
     except (ValueError, TypeError, KeyError) as error:
         raise Unusable(f"{path}: {error}; expected an object whose 'tests' is a list of litmus tests") from None
+    except RecursionError:
+        raise Unusable(f"{path}: its lists are nested too deeply; expected conditions of a few levels") from None
     return Checked(
         path,
         "litmus",
@@ -133,6 +136,7 @@ def _litmus(path: str, raw: bytes, **_: Any) -> Checked:
         ],
         unreadable=[{"line": number, "reason": f"test {number}: {reason}"} for number, reason in bad.items()],
         rules="every interleaving, under SC and x86-TSO",
+        complete=all(said != litmus.UNKNOWN for _, _, said, _ in verdicts),
     )
 
 
@@ -194,7 +198,7 @@ def _begins_as_trace(path: str) -> bool:
 
 
 KINDS: dict[str, tuple[Callable[[bytes], bool], Callable[..., Checked]]] = {
-    "error-codes": (lambda raw: codetable.is_table(raw[:4096].decode("utf-8", errors="replace")), _error_codes),
+    "error-codes": (lambda raw: codetable.is_table(raw[:_HEAD].decode("utf-8", errors="replace")), _error_codes),
     "litmus": (_is_litmus, _litmus),
     "trace": (lambda raw: len(trace.read(raw[:_HEAD])) > 0, _trace),
 }

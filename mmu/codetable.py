@@ -59,13 +59,14 @@ class TableCheck:
     recorded_fault: NDArray[np.bool]
     recorded_code: NDArray[np.uint64]
     recorded_after: NDArray[np.uint64]
+    contradicts: NDArray[np.str_]  # the column that says of the entry what it is not; "" where none does
     unreadable: list[tuple[int, str]]  # line number and reason, in the order of the lines
 
     @property
     def agree(self) -> NDArray[np.bool]:
-        """Which rows agree, in fault or none, error code, and the entry after the access."""
+        """Which rows agree with themselves, and in fault or none, error code, and the entry after the access."""
         same_code = (self.fault == self.recorded_fault) & (self.code == self.recorded_code)
-        return same_code & (self.after == self.recorded_after)
+        return same_code & (self.after == self.recorded_after) & (self.contradicts == "")
 
     def disagreements(self) -> list[dict[str, str | int]]:
         """The rows that do not agree, in the form in which the command line reports them."""
@@ -85,7 +86,9 @@ class TableCheck:
                 "kind": "error-codes",
                 "predicted": text(row, *predicted),
                 "recorded": text(row, *recorded),
-                "reason": "the rules of the page walk give another result for this row",
+                "reason": f"column {column} and the entry before contradict each other"
+                if (column := str(self.contradicts[row]))
+                else "the rules of the page walk give another result for this row",
             }
             for row in np.flatnonzero(~self.agree).tolist()
         ]
@@ -98,14 +101,19 @@ def is_table(text: str) -> bool:
     True
     """
     header = next((line for line in text.splitlines() if line.strip() and not line.startswith("#")), "")
-    return {*CHOICES, *NUMBERS} <= set(header.strip().split(","))
+    return {*CHOICES, *NUMBERS} <= set(_cells(header))
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.split(",")]
 
 
 def check_table(text: str) -> TableCheck:
     """Predict every row of an error-code table from the rules alone, and keep what the table says beside it.
 
-    A row that cannot be read (too few cells, a cell that is no choice of its column, a bit column that contradicts
-    the entry ``before``) is left out and named in ``unreadable`` with its line number and reason.
+    A row that cannot be read (too few cells, a cell that is no choice of its column) is left out and named in
+    ``unreadable`` with its line number and reason. A row whose bit columns contradict its entry ``before`` agrees with
+    no rule.
 
     Raises:
         ValueError: no header line, a column is missing, or no comment says ``physbits=``.
@@ -113,7 +121,7 @@ def check_table(text: str) -> TableCheck:
     numbered = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     comments = " ".join(line for _, line in numbered if line.startswith("#"))
     numbered = [(number, line) for number, line in numbered if not line.startswith("#")]
-    columns = numbered[0][1].split(",") if numbered else []
+    columns = _cells(numbered[0][1]) if numbered else []
     if missing := [name for name in (*CHOICES, *NUMBERS) if name not in columns]:
         raise ValueError(f"the table's header line lacks {', '.join(missing)}; expected one column for each of them")
     physbits = re.search(r"\bphysbits=(0[xX][0-9a-fA-F]{1,2}|[0-9]{1,2})\b", comments)
@@ -124,7 +132,7 @@ def check_table(text: str) -> TableCheck:
     places = [columns.index(name) for name in (*CHOICES, *NUMBERS)]
     lines, rows = [], []
     for number, line in numbered[1:]:
-        cells = line.split(",")
+        cells = _cells(line)
         if len(cells) != len(columns):
             unreadable[number] = f"{len(cells)} cells; expected {len(columns)}"
         elif (longest := max((cells[place] for place in places), key=len)) and len(longest) > LONGEST_CELL:
@@ -153,13 +161,11 @@ def check_table(text: str) -> TableCheck:
 
     flag = {name: cell[name] == "1" for name in (*CONTROLS, *STATED, "rsvd")}
     large = cell["level"] == "pde2m"
-    for name, bit in STATED.items():
-        refuse((before & bit != 0) != flag[name], f"before is {{}}; column {name} says otherwise", "before")
-    wrong_size = ((before & paging.PS != 0) != large) & (cell["level"] != "pte")  # in a pte the bit is PAT
-    refuse(wrong_size, "before is {}; PS is set in a pde2m and clear in a pde", "before")
     of_leaf, of_table = (np.uint64(paging.LONG4.reserved(2, leaf, maxphyaddr)) for leaf in (True, False))
-    reserved = before & np.where(large, of_leaf, of_table) != 0
-    refuse(reserved != flag["rsvd"], "before is {}; column rsvd says otherwise", "before")
+    said = {name: (before & bit != 0) != flag[name] for name, bit in STATED.items()}
+    said["level"] = ((before & paging.PS != 0) != large) & (cell["level"] != "pte")  # in a pte the bit is PAT
+    said["rsvd"] = (before & np.where(large, of_leaf, of_table) != 0) != flag["rsvd"]
+    contradicts = np.select(list(said.values()), list(said), "")
 
     entries = np.full((len(rows), 4), PERMISSIVE, dtype=np.uint64)  # (row, level), root first
     varied = np.arange(len(rows), dtype=np.int64), np.where(cell["level"] == "pte", 3, 2)
@@ -173,5 +179,5 @@ def check_table(text: str) -> TableCheck:
         **{name: flag[name] for name in CONTROLS},
     )
     predicted = (out.fault, out.code, out.entries[varied])
-    recorded = (recorded_fault, words["err"][0], words["after"][0])
+    recorded = (recorded_fault, words["err"][0], words["after"][0], contradicts)
     return TableCheck(*(array[good] for array in (number_of, *predicted, *recorded)), sorted(unreadable.items()))

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmu import chains, histories, infer, order, progress, spte, trace, values
+from mmu import chains, elements, exits, histories, infer, order, progress, spte, trace, values
 from mmu.histories import TDP
 from mmu.ledger import WINDOW, Ledger, Rule
 from mmu.symptoms import Symptoms
@@ -37,12 +37,15 @@ CPU_TIME = Rule("a CPU's events are printed in the order of time", "Linux 6.1 ri
 TIME = Rule("events are printed in the order of time", "Linux 6.1 trace.c, __find_next_entry", "order")
 TWICE = Rule("a task prints each event once", "Linux 6.1 trace_events.c: one record an event", "order")
 RING = Rule("a dirty ring's pushes count up one by one", "Linux 6.1 dirty_ring.c, kvm_dirty_ring_push", "history")
+MARKED = Rule("an MMIO spte is found as it was marked", "Linux 6.1 mmu.c, mark_mmio_spte", "layout, history")
 BACKWARDS = Rule("the memslot generation never goes back", "Linux 6.1 kvm_main.c, kvm_swap_active_memslots", "history")
 
 _AHEAD = 16  # events that stay behind a step back in time make it the start of another recording
 _FAR = 10 * 10**9  # ns: no event stands so far out of place
 _ZAPS = 16
 _CPUS = 1 << 14
+_KEPT = 1 << 16  # MMIO marks that are remembered
+_SAID = np.dtype([("era", np.int64), ("key", np.uint64), ("line", np.int64), ("kind", np.int8), ("word", np.uint64)])
 _TICK = np.dtype([("line", np.int64), ("ns", np.int64), ("cpu", np.int32)])
 
 
@@ -121,8 +124,12 @@ class Conformance:
         if self.form is not None and not self.old:
             self.chains = chains.Chains(self.ledger, self.form, self.names, fast_printed=signs["fast"] > 0)
         self.order = order.Order(
-            self.ledger, None if self.old else self.form, ept=self.ept, seen=infer.events_of(signs)
-        )
+            self.ledger, None if self.old else self.form, ept=self.ept, seen=infer.events_of(signs),
+            inner=signs["inner returned"] > 0, reinjects=signs["reinjected"] > 0, more=(elements.judge, exits.judge),
+        )  # fmt: skip
+        if self.ept:
+            for rule in elements.RULES:
+                self.ledger.excused[rule] = "with EPT walks may be of a guest's own EPT, whose bits are others"
         self.symptoms = Symptoms(self.ledger, ept=self.ept)
         self.events = 0
         self.lost: list[NDArray[Any]] = [np.zeros(0, dtype=WINDOW)]
@@ -132,6 +139,7 @@ class Conformance:
         self._zapping: list[tuple[int, int, int]] = []  # line, pid, epoch before
         self._rings: dict[int, tuple[int, int]] = {}
         self._generations: dict[int, tuple[int, int]] = {}
+        self._marks = np.zeros(0, dtype=_SAID)
         if self.old:
             for rule in (*values.FAST_RULES, *chains.RULES, *order.LAYOUT_RULES):
                 self.ledger.excused[rule] = "sptes of 2012 tell too little, and their fast path prints no event"
@@ -162,6 +170,7 @@ class Conformance:
         self._twice(piece)
         self._ring(piece["kvm_dirty_ring_push"])
         self._generation(piece)
+        self._marked(piece, era)
 
     def finish(self) -> dict[str, Any]:
         """What was found; see :meth:`mmu.ledger.Ledger.close`."""
@@ -293,9 +302,12 @@ class Conformance:
         for name in piece:
             events = piece[name]
             known = name in trace.FORMATS or name.endswith("_page_fault_ret")
-            if not known or name in ("kvm_emulate_insn", "kvm_mmio", "tracing_mark_write"):
+            if not known or name == "tracing_mark_write":
                 continue
             same = (np.diff(events["line"]) == 1) & (events["ns"][1:] >= 0) & (events["count"][1:] == 1)
+            if name == "kvm_emulate_insn":  # a REP prefix may have it emulated again
+                for prefix in (b"f2", b"f3"):
+                    same &= np.char.find(events["insn"][1:], prefix, 0, 8) < 0
             next_ = np.flatnonzero(same) + 1
             equal = np.ones(len(next_), dtype=np.bool_)
             for field in events.dtype.names:
@@ -343,3 +355,41 @@ class Conformance:
                 lambda i, b=before, m=mine: f"{int(b[i]):#x}, then {int(m[i, 1]):#x}",
             )  # fmt: skip
             self._generations[parity] = int(mine[-1, 0]), int(mine[-1, 1])
+
+    # MMIO -------------------------------------------------------------------------------------------------
+
+    def _marked(self, piece: trace.Trace, era: Any) -> None:
+        """Checks of MMIO sptes against the marks of the same gfn: the last, or, of another root, the one before."""
+        if self.form is None or "GEN_LOW" not in self.form.mmio:
+            return
+        marks, checks = piece["mark_mmio_spte"], piece["check_mmio_spte"]
+        said = spte.mmio(checks["spte"], self.form)
+        access = np.uint64(0 if self.form.ept else 6)  # EPT keeps none
+        rows = np.zeros(len(marks) + len(checks), dtype=_SAID)
+        for part, events, kind, gfn, gen, rights in (
+            (rows[: len(marks)], marks, 0, marks["gfn"], marks["gen"], marks["access"]),
+            (rows[len(marks) :], checks, 1, said["gfn"], said["generation"], said["access"]),
+        ):
+            part["era"], part["line"], part["kind"], part["key"] = era(events["line"]), events["line"], kind, gfn
+            part["word"] = gen << np.uint64(3) | rights & access
+        rows = np.concatenate([self._marks, rows[rows["word"] < np.uint64(1 << 32)]])
+        rows = rows[np.lexsort((rows["line"], rows["key"], rows["era"]))]
+        here, mark = np.arange(len(rows), dtype=np.int64), rows["kind"] == 0
+        last = np.maximum.accumulate(np.where(mark, here, -1))
+        before = np.maximum.accumulate(np.where(mark, np.concatenate([[-1], last[:-1]]), -1)) if len(rows) else last
+
+        def mine(index: Lines) -> NDArray[np.bool_]:
+            at = np.maximum(index, 0)
+            return (index >= 0) & (rows["era"][at] == rows["era"]) & (rows["key"][at] == rows["key"])
+
+        judged = ~mark & mine(last)
+        fits = rows["word"][np.maximum(last, 0)] == rows["word"]
+        fits |= mine(before) & (rows["word"][np.maximum(before, 0)] == rows["word"])
+        self.ledger.judge(
+            MARKED, int(judged.sum()), np.flatnonzero(judged & ~fits),
+            (rows["line"][np.maximum(last, 0)], rows["line"]) if len(rows) else (rows["line"],),
+            lambda i: f"gfn {int(rows['key'][i]):#x}: marked with {int(rows['word'][last[i]]):#x}, "
+            f"found with {int(rows['word'][i]):#x} (generation and access)",
+        )  # fmt: skip
+        kept = rows[mark]
+        self._marks = kept[np.sort(np.argsort(kept["line"], kind="stable")[-_KEPT:])]

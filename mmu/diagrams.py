@@ -17,7 +17,7 @@ from matplotlib.patches import Rectangle
 from mmu import spte
 from mmu.board import Board, Move
 from mmu.figures import BARRIER, FAILED, LOCKS, SUCCEEDED, UNLOCKS, VIOLATED, Step, lanes
-from mmu.picture import FAINT, FAST, INK, OOPS, PAPER, Picture, canvas
+from mmu.picture import FAINT, FAST, INK, OOPS, PAPER, Picture, canvas, is_narrow, two_widths
 
 _KIND = {"barrier": BARRIER, "succeeded": SUCCEEDED, "failed": FAILED, "locks": LOCKS, "unlocks": UNLOCKS}
 
@@ -151,6 +151,7 @@ class Index:
         return {"text/plain": repr(self), "text/html": page}, {}
 
 
+@two_widths
 def outcomes(
     panels: Mapping[str, Mapping[tuple[int, int], int]], names: tuple[str, str], bad: tuple[int, int]
 ) -> Picture:
@@ -161,7 +162,8 @@ def outcomes(
     """
     pairs = [(a, b) for a in (0, 1) for b in (0, 1)]
     findings = []
-    with canvas(7.0, 2.6) as figure:
+    size, sep = (8, "\n") if is_narrow() else (10, "  ")
+    with canvas(7.0, 2.6, narrow=3.0) as figure:
         axes = figure.add_subplot()
         for column, (name, counted) in enumerate(panels.items()):
             total = sum(counted.values())
@@ -178,13 +180,15 @@ def outcomes(
                 )
                 text = f"{times:,} of {total:,}" if times else "never"
                 ink = (OOPS if times else FAINT) if wrong else (INK if times else FAINT)
-                sign = "OOPS  " if wrong and times else ""
-                axes.text(column + 0.5, row + 0.42, sign + text, ha="center", va="center", color=ink)
+                sign = f"OOPS{sep}" if wrong and times else ""
+                axes.text(column + 0.5, row + 0.42, sign + text, ha="center", va="center", color=ink, size=size)
             times = counted.get(bad, 0)
             ends = f"{names[0]}={bad[0]} {names[1]}={bad[1]} in {times:,} of {total:,} schedules"
             findings.append(f"{name}: {ends}{'' if times else ', never'}")
-        axes.set_xticks([column + 0.5 for column in range(len(panels))], list(panels))
-        axes.set_yticks([row + 0.5 for row in range(4)], [f"{names[0]}={a}, {names[1]}={b}" for a, b in pairs])
+        heads = [name.replace(", ", ",\n") if is_narrow() else name for name in panels]
+        axes.set_xticks([column + 0.5 for column in range(len(panels))], heads, size=size)
+        ends = [f"{names[0]}={a},{sep[:1]}{names[1]}={b}" for a, b in pairs]
+        axes.set_yticks([row + 0.5 for row in range(4)], ends, size=size)
         axes.set(xlim=(0, len(panels)), ylim=(4, 0))
         axes.xaxis.tick_top()
         axes.tick_params(length=0)
@@ -192,6 +196,7 @@ def outcomes(
     return Picture(figure, "; ".join(findings) + ".")
 
 
+@two_widths
 def id_growth(layout: str = "2012-ept", widest: int = 12) -> Picture:
     """The id field growing upward from where it is inferred to start, above the bits of the MMIO mask. Chapter 10.
 
@@ -224,7 +229,7 @@ def id_growth(layout: str = "2012-ept", widest: int = 12) -> Picture:
             axes.text(64 - floor + 0.3, row + 0.5, text, va="center", color=OOPS if lost else INK)
             axes.text(-0.3, row + 0.5, name, va="center", ha="right")
         axes.text(63 - 46 + 0.5, 1.5, "page frame number", ha="center", va="center", size=8, color=FAINT)
-        bits = [63, 60, 57, 56, 52, 49, 48, floor]
+        bits = [63, 56, 49, floor] if is_narrow() else [63, 60, 57, 56, 52, 49, 48, floor]
         axes.set_xticks([63 - bit + 0.5 for bit in bits], [str(bit) for bit in bits], size=8)
         axes.set(xlim=(-4.2, 64 - floor + 5.5), ylim=(widest - 2, 0), yticks=[])
         axes.xaxis.tick_top()

@@ -51,7 +51,12 @@ def run(options: argparse.Namespace) -> int:
         )
     except ValueError as error:
         print(f"explore: {error}", file=sys.stderr)
+        if options.json:
+            nothing = Result(options.memory, options.canonical, transitions=None)
+            print(json.dumps({**_record(options, nothing, 0.0), "error": str(error)}, allow_nan=False))
         return UNUSABLE
+    except KeyboardInterrupt:  # before the search began, or as it ended
+        result = Result(options.memory, options.canonical, stopped="interrupted")
     seconds = time.perf_counter() - started
     progress.end()
     if options.json:

@@ -22,7 +22,21 @@ from numpy.typing import ArrayLike, NDArray
 
 from mmu import pfec, update
 from mmu.bits import WORD_BITS, Layout
-from mmu.picture import FAINT, FAST, INK, LOCK, OOPS, PAPER, VCPU, VCPU_MARKS, Picture, canvas
+from mmu.picture import (
+    FAINT,
+    FAST,
+    INK,
+    LOCK,
+    OOPS,
+    PAPER,
+    PIXEL,
+    VCPU,
+    VCPU_MARKS,
+    Picture,
+    canvas,
+    is_narrow,
+    two_widths,
+)
 from mmu.spte import STATES, SpteLayout, classify, layout_named
 
 VERDICT_STYLE = {
@@ -32,6 +46,7 @@ VERDICT_STYLE = {
 }
 
 
+@two_widths
 def codes(rule: str = pfec.LINUX_61_AD) -> Picture:
     """All 32 codes of bits 0 to 4 as a map: rows are F and RSVD, columns are U, W and P; each cell says its verdict.
 
@@ -41,7 +56,8 @@ def codes(rule: str = pfec.LINUX_61_AD) -> Picture:
     'Of 32 codes, 14 cannot occur; the rule "2012 series" lets 6 try the fast path and sends 12 to the slow one.'
     """
     verdicts = [pfec.verdict(code, rule).verdict for code in range(32)]
-    with canvas(7.0, 3.1) as figure:
+    small = 7.5 if is_narrow() else 9
+    with canvas(7.0, 3.1, narrow=3.1) as figure:
         axes = figure.add_subplot()
         for code, verdict in enumerate(verdicts):
             column, row = code & 7, code >> 3
@@ -50,11 +66,12 @@ def codes(rule: str = pfec.LINUX_61_AD) -> Picture:
             axes.add_patch(Rectangle((column + 0.04, row + 0.05), 0.92, 0.9, linewidth=1.2, **box))
             plate = {"facecolor": box["facecolor"], "edgecolor": "none", "pad": 1.5}
             middle = {"ha": "center", "va": "center", "color": style["ink"], "bbox": plate}
-            axes.text(column + 0.5, row + 0.36, f"{code:#04x}", family=_MONO, **middle)
-            axes.text(column + 0.5, row + 0.70, style["sign"], size=9, **middle)
+            axes.text(column + 0.5, row + 0.36, f"{code:#04x}", family=_MONO, size=small + 1, **middle)
+            axes.text(column + 0.5, row + 0.70, style["sign"], size=small, **middle)
         columns = ["|".join(n for n in "PWU" if pfec.PFEC.field(c, n)) or "none" for c in range(8)]
-        axes.set_xticks(np.arange(8, dtype=np.int64) + 0.5, columns)
-        axes.set_yticks(np.arange(4, dtype=np.int64) + 0.5, ["no F, no RSVD", "RSVD", "F", "F|RSVD"])
+        axes.set_xticks(np.arange(8, dtype=np.int64) + 0.5, columns, size=small)
+        rows = ["no F,\nno RSVD", "RSVD", "F", "F|RSVD"]
+        axes.set_yticks(np.arange(4, dtype=np.int64) + 0.5, rows, size=small)
         axes.set(xlim=(0, 8), ylim=(4, 0))
         axes.xaxis.tick_top()
         axes.tick_params(length=0)
@@ -67,6 +84,7 @@ def codes(rule: str = pfec.LINUX_61_AD) -> Picture:
     )
 
 
+@two_widths
 def fault_codes(columns: Mapping[str, Sequence[tuple[int, int]]]) -> Picture:
     """Recorded faults by error code, one panel a recording, in descending order, each bar labelled with its count.
 
@@ -78,10 +96,11 @@ def fault_codes(columns: Mapping[str, Sequence[tuple[int, int]]]) -> Picture:
     longest = max(len(pairs) for pairs in columns.values())
     widest = max(n for pairs in columns.values() for _, n in pairs)
     findings = []
-    with canvas(7.0, 0.8 + 0.3 * longest) as figure:
-        for axes, (name, pairs) in zip(
-            figure.subplots(1, len(columns), squeeze=False)[0], columns.items(), strict=True
-        ):
+    rows = [len(pairs) if is_narrow() else longest for pairs in columns.values()]
+    shape, heights = ((len(rows), 1), rows) if is_narrow() else ((1, len(rows)), None)
+    with canvas(7.0, 0.8 + 0.3 * longest, narrow=0.3 * sum(rows) + 0.7 * len(rows)) as figure:
+        every = figure.subplots(*shape, squeeze=False, height_ratios=heights).ravel()
+        for axes, (name, pairs), most in zip(every, columns.items(), rows, strict=True):
             pairs = sorted(pairs, key=lambda pair: (-pair[1], pair[0]))
             total = sum(n for _, n in pairs)
             fast = sum(n for code, n in pairs if pfec.can_be_fast(code))
@@ -95,17 +114,18 @@ def fault_codes(columns: Mapping[str, Sequence[tuple[int, int]]]) -> Picture:
                 [f"{pfec.PFEC.text(code) if code else 'none'}  {code:#04x}" for code, _ in pairs],
                 size=9,
             )
-            axes.set(ylim=(longest - 0.4, -0.6), xlim=(0, 1.15 * widest), xlabel=f"faults, {name}")
+            axes.set(ylim=(most - 0.4, -0.6), xlim=(0, 1.15 * widest), xlabel=f"faults, {name}")
             axes.tick_params(axis="y", length=0)
             axes.spines["left"].set_visible(False)
-            top, most = pairs[0]
+            top, times = pairs[0]
             findings.append(
-                f"{name}: {total} faults with {len(pairs)} codes, most often {pfec.PFEC.text(top)} ({most} times); "
+                f"{name}: {total} faults with {len(pairs)} codes, most often {pfec.PFEC.text(top)} ({times} times); "
                 f"{fast} are candidates for the fast path"
             )
     return Picture(figure, "; ".join(findings) + ".")
 
 
+@two_widths
 def transitions(layout: str = "6.1-npt") -> Picture:
     """Which of the states that tell who may write follow on which: rows are the old state, columns the new one.
 
@@ -121,7 +141,8 @@ def transitions(layout: str = "6.1-npt") -> Picture:
     words = [0] + [blank | form.bits.pack(**dict(zip(_WRITERS, three, strict=True))) for three in _LEGAL]
     names = [STATES[classify(word, form, 1)] for word in words]
     legal, free = 0, []
-    with canvas(7.0, 4.3) as figure:
+    small = 7.5 if is_narrow() else 9
+    with canvas(7.0, 4.3, narrow=4.3) as figure:
         axes = figure.add_subplot()
         for row, old in enumerate(words):
             for column, new in enumerate(words):
@@ -138,12 +159,13 @@ def transitions(layout: str = "6.1-npt") -> Picture:
                 plate = {"facecolor": box["facecolor"], "edgecolor": "none", "pad": 1.5}
                 middle = {"ha": "center", "va": "center", "color": style["ink"], "bbox": plate}
                 text = "\n".join(maker.name for maker in makers) or style["sign"]
-                axes.text(column + 0.5, row + 0.5, text, size=9, **middle)
+                text = text.replace(" ", "\n") if is_narrow() else text
+                axes.text(column + 0.5, row + 0.5, text, size=small, **middle)
         bits = ["".join(map(str, three)) for three in _LEGAL]
         short = [names[0], *bits]
         long = [names[0], *(f"{name}\n{three}" for name, three in zip(names[1:], bits, strict=True))]
-        axes.set_xticks(np.arange(5, dtype=np.int64) + 0.5, [f"to {three}" for three in short])
-        axes.set_yticks(np.arange(5, dtype=np.int64) + 0.5, [label.replace(": ", ":\n") for label in long], size=9)
+        axes.set_xticks(np.arange(5, dtype=np.int64) + 0.5, [f"to {three}" for three in short], size=small)
+        axes.set_yticks(np.arange(5, dtype=np.int64) + 0.5, [label.replace(": ", ":\n") for label in long], size=small)
         axes.set(xlim=(0, 5), ylim=(5, 0))
         axes.xaxis.tick_top()
         axes.tick_params(length=0)
@@ -159,6 +181,7 @@ _WRITERS = ("HOST_W", "MMU_W", "W")
 _LEGAL = ((1, 1, 1), (1, 1, 0), (1, 0, 0), (0, 0, 0))
 
 
+@two_widths
 def three_walks() -> Picture:
     """Which tables the CPU walks under shadow paging, NPT and EPT, who made them, and how a refusal is reported.
 
@@ -172,26 +195,42 @@ def three_walks() -> Picture:
         ("EPT (Intel)", [("guest's table", "made by the guest", guest, 1), ("EPT table", "made by KVM", kvm, 1)],
          "EPT violation", "exit qualification"),
     ]  # fmt: skip
-    with canvas(7.0, 3.0) as figure:
+    # on a phone a name stands above its tables, and there is less room for these
+    lift, first, unit, size, right = (0.56, 0.0, 1.08, 7.5, 3.85) if is_narrow() else (0.0, 1.75, 1.5, 9, 6.9)
+    pitch = 1.35 if is_narrow() else 1.0
+    event_at = first + 2 * unit + (0.3 if is_narrow() else 0.57)
+    with canvas(7.0, 3.0, narrow=3.9) as figure:
         axes = figure.add_subplot()
-        for row, (name, tables, event, number) in enumerate(rows):
-            axes.text(0, row, name, va="center", weight="bold")
-            place = 1.75
+        for place, (name, tables, event, number) in enumerate(rows):
+            row = pitch * place
+            axes.text(0, row - lift, name, va="center", weight="bold")
+            left = first
             for label, maker, style, width in tables:
-                axes.add_patch(Rectangle((place, row - 0.34), 1.5 * width - 0.1, 0.68, linewidth=1.4, **style))
-                middle = place + 0.75 * width - 0.05
-                axes.text(middle, row - 0.12, label, ha="center", va="center", size=9)
-                axes.text(middle, row + 0.16, maker, ha="center", va="center", size=8, color=FAINT)
-                place += 1.5 * width
-            axes.annotate("", (5.25, row), (4.68, row), arrowprops={"arrowstyle": "->", "color": INK})
-            axes.text(5.32, row - 0.12, event, va="center", size=9)
-            axes.text(5.32, row + 0.16, f"with an {number}", va="center", size=8, color=FAINT)
-        heads = [(1.75, "guest virtual"), (3.25, "guest physical"), (4.65, "host physical")]
-        for place, head in heads:
-            axes.text(place, -0.72, f"{head}", ha="center", va="center", size=8, color=FAINT)
-            axes.plot([place, place], [-0.6, 2.45], color=FAINT, linewidth=0.6, linestyle=":", zorder=0)
-        axes.text(5.32, -0.72, "a refusal is reported as", va="center", size=8, color=FAINT)
-        axes.set(xlim=(0, 6.9), ylim=(2.5, -0.9))
+                axes.add_patch(Rectangle((left, row - 0.34), unit * width - 0.1, 0.68, linewidth=1.4, **style))
+                middle = left + unit / 2 * width - 0.05
+                axes.text(middle, row - 0.12, label, ha="center", va="center", size=size)
+                axes.text(middle, row + 0.16, maker, ha="center", va="center", size=size - 1, color=FAINT)
+                left += unit * width
+            axes.annotate("", (event_at - 0.07, row), (left - 0.07, row), arrowprops={"arrowstyle": "->", "color": INK})
+            axes.text(event_at, row - 0.12, event, va="center", size=size + 0.5)
+            axes.text(event_at, row + 0.16, f"with an {number}", va="center", size=size - 0.5, color=FAINT)
+        top, bottom = -0.72 - 1.0 * lift, 2 * pitch + 0.45
+        for place, head in enumerate(("guest virtual", "guest physical", "host physical")):
+            x = first + unit * place - 0.1 * (place == 2)
+            side = "left" if is_narrow() and not place else "center"
+            head = head.replace(" ", "\n") if is_narrow() else head
+            axes.text(x, top, head, ha=side, va="center", size=7.5, color=FAINT)
+            axes.plot(
+                [x, x],
+                [top + (0.24 if is_narrow() else 0.12), bottom],
+                color=FAINT,
+                linewidth=0.6,
+                linestyle=":",
+                zorder=0,
+            )
+        if not is_narrow():
+            axes.text(event_at, top, "a refusal is reported as", va="center", size=8, color=FAINT)
+        axes.set(xlim=(-0.02, right), ylim=(bottom + 0.05, top - 0.18))
         axes.set_axis_off()
     tables = ", ".join(f"{name}: {len(list(walked))}" for name, walked, _, _ in rows)
     return Picture(
@@ -207,7 +246,6 @@ _LETTERS = {
     "PWT": "T", "PCD": "C", "PS": "S", "HOST_W": "H", "MMU_W": "M", "MMU_P": "K", "NX": "N", "SVE": "V", "IPAT": "I",
     "SAVED_R": "r", "SAVED_X": "x", "RSVD": "R",
 }  # fmt: skip
-_PIXEL = 1 / 100  # of the page, in inches
 _MONO = "DejaVu Sans Mono"
 
 
@@ -219,15 +257,16 @@ class Row(NamedTuple):
     layout: Layout | SpteLayout | str
 
 
-def ribbon(rows: Sequence[Row | tuple[str, int, Layout | SpteLayout | str]], *, narrow: bool = False) -> Picture:
+@two_widths
+def ribbon(rows: Sequence[Row | tuple[str, int, Layout | SpteLayout | str]]) -> Picture:
     """Words as 64 cells each, the highest bit on the left: set is filled with its letter, clear is outlined.
 
-    Bits that only KVM reads are round, those that the CPU reads are square, bits without a name are dots. A bit that
-    differs from the row above, where that row has the same layout, is underlined.
+    On a phone each word has four rows of 16 cells. Bits that only KVM reads are round, those that the CPU reads are
+    square, bits without a name are dots. A bit that differs from the row above, where that row has the same layout, is
+    underlined.
 
     Args:
         rows: the words from top to bottom; a layout is a :class:`mmu.bits.Layout`, an spte's, or its name.
-        narrow: four rows of 16 cells for each word instead of one of 64, for pages below 600 px.
 
     Chapters 2, 3 and 10.
 
@@ -235,7 +274,7 @@ def ribbon(rows: Sequence[Row | tuple[str, int, Layout | SpteLayout | str]], *, 
     'before 0x625ae65: set are P, U, A, D, HOST_W, MMU_W, MMU_P, PFN 0x625a; after 0x625ae67: 1 bit differs, W 0 to 1.'
     """
     words = [_Word(label, int(word), *_bits_of(layout)) for label, word, layout in rows]
-    grid = _Grid(360, 16, 18) if narrow else _Grid(700, WORD_BITS, 17)
+    grid = _Grid(360, 16, 18) if is_narrow() else _Grid(700, WORD_BITS, 17)
     last = [i + 1 == len(words) or words[i + 1].layout is not words[i].layout for i in range(len(words))]
     lines: list[tuple[int, int, float]] = []  # (word, line of its cells, y of these)
     y = 4.0
@@ -246,7 +285,7 @@ def ribbon(rows: Sequence[Row | tuple[str, int, Layout | SpteLayout | str]], *, 
             y += grid.cell + 18 + (grid.name_height(word.layout, line) if last[i] else 0)
     software = any(word.software for word in words)
     height = ceil(y + (18 if software else 0))
-    with canvas(grid.width * _PIXEL, height * _PIXEL) as figure:
+    with canvas(grid.width * PIXEL, height * PIXEL) as figure:
         axes = _pixels(figure, grid.width, height)
         for i, line, top in lines:
             word = words[i]
@@ -259,7 +298,9 @@ def ribbon(rows: Sequence[Row | tuple[str, int, Layout | SpteLayout | str]], *, 
             if last[i]:
                 _draw_names(axes, grid, word.layout, line, top)
         if software:
-            key = "square: the CPU reads the bit; round: only KVM does" + ("" if narrow else "; dot: it has no name")
+            key = "square: the CPU reads the bit; round: only KVM does" + (
+                "" if is_narrow() else "; dot: it has no name"
+            )
             axes.text(grid.margin, height - 9, key, size=8.5, va="center", color=FAINT)
     return Picture(figure, _ribbon_text(words))
 
@@ -397,17 +438,18 @@ class Step(NamedTuple):
     when: str = ""
 
 
-def lanes(steps: Sequence[Step], actors: Sequence[str], *, state: str = "", narrow: bool = False) -> Picture:
+@two_widths
+def lanes(steps: Sequence[Step], actors: Sequence[str], *, state: str = "") -> Picture:
     """Steps of up to three actors: time runs down, one lane an actor with its colour and mark.
 
     A barrier is a rule through the lane, a cmpxchg a diamond that is filled when it succeeded, a held lock a thick
-    hatched band beside the lane, a violated invariant a cross and the word OOPS in a heavy frame.
+    hatched band beside the lane, a violated invariant a cross and the word OOPS in a heavy frame. On a phone the lanes
+    lie close together, with the words beside them.
 
     Args:
         steps: from first to last; the actor of a violation is ignored.
         actors: their names, lane by lane.
         state: heading of the column with what is shared after each step; empty: no such column.
-        narrow: lanes close together and the words beside them, for pages below 600 px.
 
     Chapters 1 and 7 to 13.
 
@@ -416,6 +458,7 @@ def lanes(steps: Sequence[Step], actors: Sequence[str], *, state: str = "", narr
     """
     if not 1 <= len(actors) <= len(VCPU):
         raise ValueError(f"{len(actors)} actors; expected 1 to {len(VCPU)}: each has a colour and a mark of its own")
+    narrow = is_narrow()
     width = 360 if narrow else 700
     left = 24 + 6 * max([0, *(len(step.when) for step in steps)])
     column = [state, *(step.state for step in steps)] if state and not narrow else []
@@ -434,7 +477,7 @@ def lanes(steps: Sequence[Step], actors: Sequence[str], *, state: str = "", narr
         centres.append(y + 12 + framed / 2)
         y += 10 + 14 * len(lines + more) + framed
     height = ceil(y + 8)
-    with canvas(width * _PIXEL, height * _PIXEL) as figure:
+    with canvas(width * PIXEL, height * PIXEL) as figure:
         axes = _pixels(figure, width, height)
         for i, lines in enumerate(head):
             x, top = (14, 13.0 + 15 * i) if narrow else (lane[i], 13.0)
@@ -518,6 +561,7 @@ def _lanes_text(steps: Sequence[Step], actors: Sequence[str]) -> str:
 # Every schedule, one cell each ---------------------------------------------------------------------------------------
 
 
+@two_widths
 def wall(panels: Mapping[str, ArrayLike], *, what: str = "schedules", bad: str = "OOPS") -> Picture:
     """Every schedule as one cell, in order, row by row: good ones are outlines, bad ones dark and crossed out.
 
@@ -535,14 +579,16 @@ def wall(panels: Mapping[str, ArrayLike], *, what: str = "schedules", bad: str =
     if not ends or not all(column.size for column in ends.values()):
         raise ValueError(f"wall of {list(panels)}: expected at least one panel, and one entry a schedule in each")
     longest = max(column.size for column in ends.values())
-    width, inner = 700, 684
+    width = 360 if is_narrow() else 700
+    inner = width - 16
     # cells of at most 22 px, and smaller until all panels together are about half as high as wide; on whole dots
-    cell = min(22.0, max(1.0, int(2 * (inner * 320 / (longest * len(ends))) ** 0.5) / 2))
+    cell = min(22.0, max(0.5 if is_narrow() else 1.0, int(2 * (inner * 320 / (longest * len(ends))) ** 0.5) / 2))
     columns = max(1, int(inner / cell))
     heights = [-(-column.size // columns) * cell for column in ends.values()]
-    total = ceil(sum(heights) + 34 * len(ends))
+    head = 50 if is_narrow() else 34
+    total = ceil(sum(heights) + head * len(ends))
     findings = []
-    with canvas(width * _PIXEL, total * _PIXEL) as figure:
+    with canvas(width * PIXEL, total * PIXEL) as figure:
         axes = _pixels(figure, width, total)
         top = 0.0
         for (name, column), height in zip(ends.items(), heights, strict=True):
@@ -552,9 +598,10 @@ def wall(panels: Mapping[str, ArrayLike], *, what: str = "schedules", bad: str =
             finding = f"{f'{count:,}' if count else 'none'} of {column.size:,} {what} {verb} in {bad}{share}"
             findings.append(f"{name}: {finding}")
             axes.text(8, top + 14, name, size=10, va="center", weight="bold", color=OOPS if count else INK)
-            axes.text(width - 8, top + 14, finding, size=10, va="center", ha="right", color=OOPS if count else INK)
-            _draw_wall(axes, column, 8.0, top + 26, cell, columns)
-            top += height + 34
+            x, y, side = (8, top + 30, "left") if is_narrow() else (width - 8, top + 14, "right")
+            axes.text(x, y, finding, size=9 if is_narrow() else 10, va="center", ha=side, color=OOPS if count else INK)
+            _draw_wall(axes, column, 8.0, top + head - 8, cell, columns)
+            top += height + head
     return Picture(figure, "; ".join(findings) + ".")
 
 

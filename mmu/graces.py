@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from mmu.picture import FAINT, FAST, INK, LOCK, PAPER, Picture, canvas
+from mmu.picture import FAINT, FAST, INK, LOCK, PAPER, Picture, canvas, is_narrow, two_widths
 from mmu.readers import Freeing, Walks
 
 _STYLE = (
@@ -23,6 +23,7 @@ _STYLE = (
 )
 
 
+@two_widths
 def grace_period(walks: Walks, at: float, before: float, after: float) -> Picture:
     """One replica's walks around the unlinking of a page, one lane a vCPU, time downward; beside them the freer.
 
@@ -37,7 +38,8 @@ def grace_period(walks: Walks, at: float, before: float, after: float) -> Pictur
     met = (begin <= at) & (at < end)
     later = (begin > at) & (begin < freed)
     vcpus = begin.shape[0]
-    with canvas(7.0, 4.4) as figure:
+    sep = "\n" if is_narrow() else " "
+    with canvas(7.0, 4.4, narrow=4.8) as figure:
         axes = figure.add_subplot()
         for vcpu in range(vcpus):
             axes.axvline(vcpu, color=FAINT, linewidth=0.6, zorder=0)
@@ -50,7 +52,7 @@ def grace_period(walks: Walks, at: float, before: float, after: float) -> Pictur
                 for edge in (begin[vcpu, walk], end[vcpu, walk]):
                     if top <= edge <= bottom:
                         axes.plot(vcpu, edge, marker="o", color=FAST, markerfacecolor=PAPER, markersize=6)
-                room = (min(last, freed) - max(first, at)) > 0.09 * (bottom - top)
+                room = not is_narrow() and (min(last, freed) - max(first, at)) > 0.09 * (bottom - top)
                 middle = (max(first, at) + min(last, freed)) / 2
                 if held and room:
                     axes.text(vcpu + 0.12, middle, "may stand\non the page", size=8.5, va="center", color=INK)
@@ -58,13 +60,25 @@ def grace_period(walks: Walks, at: float, before: float, after: float) -> Pictur
                     axes.text(vcpu + 0.12, middle, "too late\nto find it", size=8.5, va="center", color=FAINT)
         band = {"facecolor": PAPER, "edgecolor": LOCK, "hatch": "/////", "linewidth": 1.2}
         axes.add_patch(Rectangle((vcpus - 0.13, at), 0.26, freed - at, **band))
-        axes.text(vcpus + 0.2, (at + freed) / 2, f"grace period\n{freed - at:.0f} ns", size=9, va="center")
+        axes.text(
+            vcpus + 0.2,
+            (at + freed) / 2,
+            f"grace\nperiod\n{freed - at:.0f} ns" if is_narrow() else f"grace period\n{freed - at:.0f} ns",
+            size=9,
+            va="center",
+        )
         for when, word in ((at, "unlinked"), (freed, "freed")):
             axes.axhline(when, color=INK, linewidth=1.0, linestyle=(0, (4, 3)), zorder=0)
             axes.text(vcpus + 0.2, when, word, size=9.5, weight="bold", va="center", backgroundcolor=PAPER)
-        axes.set_xticks(range(vcpus + 1), [*(f"vCPU {vcpu}" for vcpu in range(vcpus)), "the freer"])
-        axes.set(xlim=(-0.4, vcpus + 1.0), ylim=(bottom, top), ylabel="ns after the unlinking")
+        heads = [*(f"vCPU{sep}{vcpu}" for vcpu in range(vcpus)), f"the{sep}freer"]
+        axes.set_xticks(range(vcpus + 1), heads)
+        if is_narrow():
+            axes.set_xlabel("thick: may stand on the page;\nthin: gone before, or too late to find it", size=9)
+        axes.set(
+            xlim=(-0.4, vcpus + (1.5 if is_narrow() else 1.0)), ylim=(bottom, top), ylabel="ns after the unlinking"
+        )
         axes.xaxis.tick_top()
+        axes.xaxis.set_label_position("bottom")
         axes.tick_params(axis="x", length=0)
         ticks = np.arange(np.ceil((top - at) / 200) * 200, bottom - at, 200, dtype=np.float64)
         axes.set_yticks(at + ticks, [f"{tick:.0f}" for tick in ticks])
@@ -86,31 +100,59 @@ class Curve(NamedTuple):
     dots: Sequence[float] | None = None
 
 
-def curves(panels: Mapping[str, Sequence[Curve]], x: str) -> Picture:
-    """Diagrams on logarithmic axes, side by side; lines are formulas, dots simulations, each named at its right end.
+@two_widths
+def curves(
+    panels: Mapping[str, Sequence[Curve]], x: str | Sequence[str], marks: Mapping[str, float] | None = None
+) -> Picture:
+    """Diagrams on logarithmic axes; lines are formulas, dots simulations or measurements, each named at its right end.
+
+    Two stand side by side, more than two one below the other.
 
     Args:
         panels: what each upward axis measures, with its curves.
-        x: what the axes to the right measure.
+        x: what the axes to the right measure, all of them or one by one.
+        marks: places along the axes to the right that have a name.
     """
     findings = []
-    with canvas(7.0, 3.5) as figure:
-        for axes, (measure, lines) in zip(
-            figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
-        ):
+    below = is_narrow() or len(panels) > 2
+    shape = (len(panels), 1) if below else (1, len(panels))
+    axis_of = [x] * len(panels) if isinstance(x, str) else x
+    with canvas(7.0, 2.4 * len(panels) if below else 3.5, narrow=2.8 * len(panels)) as figure:
+        every = figure.subplots(*shape, squeeze=False).ravel()
+        for axes, (measure, lines), x in zip(every, panels.items(), axis_of, strict=True):
             axes.set(xscale="log", yscale="log", xlabel=x, ylabel=measure)
             points = sorted({value for curve in lines for value in curve.x})
-            axes.set_xticks(points[:: max(1, -(-len(points) // 4))], minor=False)
+            axes.set_xticks(points[:: max(1, -(-len(points) // (3 if is_narrow() else 4)))], minor=False)
+            _draw_marks(axes, marks or {})
             axes.xaxis.set_minor_locator(NullLocator())
             for axis in (axes.xaxis, axes.yaxis):
                 axis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
             for style, curve in zip(_STYLE, lines, strict=False):
                 _draw_curve(axes, curve, style)
             _name_curves(axes, lines)
-            findings.append(f"{measure}: {'; '.join(_told(curve, x) for curve in lines)}")
+            _few_ticks(axes)
+            findings.append(f"{' '.join(measure.split())}: {'; '.join(_told(curve, x) for curve in lines)}")
     off = [_farthest(curve) for lines in panels.values() for curve in lines if curve.line and curve.dots]
     compared = f" Simulation and formula differ by {100 * max(off):.1f} % at most." if off else ""
-    return Picture(figure, ". ".join(findings) + "." + compared)
+    marked = (
+        " Dotted rules: " + ", ".join(f"{name} at {_short(at)}" for name, at in marks.items()) + "." if marks else ""
+    )
+    return Picture(figure, ". ".join(findings) + "." + compared + marked)
+
+
+def _few_ticks(axes: Axes) -> None:
+    """Label 1, 2 and 5 of each power where few powers are seen, and never in between."""
+    low, high = np.log10(axes.get_ylim())
+    if high - low < 2:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _draw_marks(axes: Axes, marks: Mapping[str, float]) -> None:
+    for name, at in marks.items():
+        axes.axvline(at, color=FAINT, linewidth=1.0, linestyle=":", zorder=0)
+        place = {"transform": axes.get_xaxis_transform(), "ha": "right", "va": "bottom", "size": 8.5, "color": FAINT}
+        axes.text(at, 1.0, name, **place)
 
 
 def _draw_curve(axes: Axes, curve: Curve, style: Mapping[str, str]) -> None:
@@ -158,6 +200,7 @@ def _farthest(curve: Curve) -> float:
     return float(np.max(np.abs(dots / line - 1)))
 
 
+@two_widths
 def pages_waiting(runs: Mapping[str, Freeing], span: float) -> Picture:
     """Pages unlinked and not yet freed over time, the first replica of each run, one panel a run, time to the right.
 
@@ -179,5 +222,5 @@ def pages_waiting(runs: Mapping[str, Freeing], span: float) -> Picture:
             axes.set_ylabel("pages")
             axes.text(0.01, 0.97, name, transform=axes.transAxes, va="top", color=style["color"], weight="bold", size=9)
             findings.append(f"{name}: at most {int(count.max())} waiting at a time")
-        panels[-1].set(xlabel="milliseconds", xlim=(0, span / 1e6), ylim=(0, None))
+        panels[-1].set(xlabel="milliseconds", xlim=(0, span / 1e6), ylim=(0, 1.25 * panels[-1].get_ylim()[1]))
     return Picture(figure, f"Pages that wait to be freed, over {span / 1e6:g} ms. {'; '.join(findings)}.")

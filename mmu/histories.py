@@ -79,6 +79,15 @@ def key_of_address(address: NDArray[np.uint64], kind: int) -> NDArray[np.uint64]
     return np.where(fits, np.uint64(kind << 61) | (top & np.uint64(1)) << np.uint64(57) | low, UNNAMED)
 
 
+def unhashed(pointers: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """True where the kernel printed a pointer as it is; it may hash pointers, or hide them altogether.
+
+    >>> unhashed(np.array([0xFFFF888009988000, 0x3A5C11D2, trace.MISSING], dtype=np.uint64)).tolist()
+    [True, False, False]
+    """
+    return (pointers >= np.uint64(1 << 63)) & (pointers != _NONE)
+
+
 class Names:
     """Gives every change its spte's name, piece by piece.
 
@@ -131,7 +140,7 @@ class Names:
         sets = np.concatenate([self._sets, sets])[::-1]  # newest first
         _, newest = np.unique(sets["gfn"], return_index=True)
         self._sets = sets = sets[newest][:_SETS]  # (gfn,) sorted
-        fast = rows[(rows["event"] == FAST) & (rows["sptep"] >= np.uint64(1 << 63))]
+        fast = rows[(rows["event"] == FAST) & unhashed(rows["sptep"])]
         if not len(sets) or not len(fast):
             return
         place = np.minimum(np.searchsorted(sets["gfn"], fast["gfn"]), len(sets) - 1)
@@ -196,7 +205,7 @@ def _fast_level(rows: NDArray[Any]) -> NDArray[np.int8]:
     """The level of the entry that a fast path's event is about: where in its table it lies, and PS, tell."""
     gfn, old = rows["gfn"], rows["old"]
     large = (old & np.uint64(0x80) != 0) & (old & np.uint64(7) != 0)
-    real = rows["sptep"] >= np.uint64(1 << 63)
+    real = unhashed(rows["sptep"])
     index = rows["sptep"] >> np.uint64(3) & np.uint64(511)
     level = np.where(large, np.int8(2), np.int8(1))
     for above in (4, 3, 2, 1):

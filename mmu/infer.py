@@ -77,6 +77,8 @@ def signs_of(piece: trace.Trace) -> dict[str, int]:
         if event.endswith("_page_fault_ret") and event != "fast_page_fault_ret":
             for value in (4, 5):
                 signs[f"returned {value}"] += int(np.count_nonzero(piece[event]["ret"] == value))
+    signs["inner returned"] = len(piece["fast_page_fault_ret"])
+    signs["reinjected"] = int(np.count_nonzero(piece["kvm_inj_exception"]["reinjected"] == 1))
     signs["walk"] = len(piece["kvm_mmu_pagetable_walk"])
     for event in piece:
         signs[f"event {'*_page_fault_ret' if event.endswith('_page_fault_ret') else event}"] += len(piece[event])

@@ -133,6 +133,8 @@ def _read(test: Any) -> _Test:
                 raise LitmusError(f"has no {key!r}")
         if not isinstance(test["threads"], list) or not all(isinstance(thread, list) for thread in test["threads"]):
             raise LitmusError("'threads' is no list of lists of instructions")
+        if not isinstance(test.get("init") or {}, Mapping):
+            raise LitmusError("'init' is no object of names and values")
         read = _Test()
         for place, value in (test.get("init") or {}).items():
             if ":" in place:

@@ -300,7 +300,7 @@ class _Closure:
         return False
 
     def _next(self, path: str, step: Step, outcome: Any, buffer: tuple[Writes, ...]) -> Local:
-        kept = tuple(sorted((name, int(outcome.env[name])) for name in step.keeps if name in outcome.env))
+        kept = tuple(sorted((name, int(outcome.env[name])) for name in step.live(outcome.label) if name in outcome.env))
         if outcome.label == DONE and self.program.forever:
             return Local(buffer=buffer)
         return Local("" if outcome.label in (DONE, OOPS) else path, outcome.label, kept, buffer)

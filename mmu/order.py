@@ -13,7 +13,7 @@ Facts: Linux 6.1 ``x86.c``, ``svm/svm.c``, ``vmx/vmx.c``, ``mmu/mmu.c``, ``mmu/t
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -87,6 +87,11 @@ WALK_TOP = Rule(
     "a walk begins at the same level as those before and after it", f"{_WALKER}, walk_addr_generic", "order"
 )
 WALK_END = Rule("a walk ends at a leaf or in an error", f"{_WALKER}, walk_addr_generic", "order")
+ERROR_AFTER = Rule(
+    "an error of a walk stands behind the entry that refused it", f"{_WALKER}, walk_addr_generic", "order"
+)
+WALK_WHOLE = Rule("what a walk maps it has walked down to a leaf", f"{_WALKER}, walk_addr_generic", "order")
+RUNNING = Rule("while the guest runs, its vCPU's task does nothing else", f"{_RUN}, vcpu_enter_guest", "order")
 WALK_FAULT = Rule("the guest's tables are walked for the access that faulted", f"{_WALKER}, page_fault", "order")
 INJECTED = Rule(
     "the #PF that is injected is the one that a walk found", f"{_RUN}, kvm_inject_emulated_page_fault", "order"
@@ -108,7 +113,9 @@ USER_AFTER = Rule("KVM returns to user space from outside the guest", f"{_RUN}, 
 LAYOUT_RULES = tuple(rule for rule in list(globals().values()) if isinstance(rule, Rule) and "layout" in rule.needs)
 
 NEEDED = {  # events without which a rule says nothing; the kvm_ of their names left out
-    ENTER: ("exit",), LEAVE: ("entry",), FAULT_EXIT: ("exit",), FAULT_MISSING: ("page_fault",),
+    ENTER: ("exit",), LEAVE: ("entry",), RUNNING: ("exit", "entry"),
+    SAME_VCPU: ("entry", "exit", "userspace_exit"), WALK_WHOLE: ("mmu_pagetable_walk",), FAULT_EXIT: ("exit",),
+    FAULT_MISSING: ("page_fault",),
     FAST_FAULT: ("page_fault",), FAST_MISSING: ("fast_page_fault",), RETURN_MISSING: ("*_page_fault_ret",),
     RETURN_FIXED: ("mmu_set_spte",), REQUEST_FAULT: ("page_fault",), SET_REQUEST: ("mmu_spte_requested",),
     SET_FIRST: ("mmu_spte_requested",), CHANGE_SET: ("mmu_set_spte",), SET_CHANGE: ("mmu_set_spte",),
@@ -123,34 +130,42 @@ NEEDED = {  # events without which a rule says nothing; the kvm_ of their names 
 
 KINDS = (
     "ENTRY EXIT FAULT FAST RET FRET REQ CHANGE SET MARK CHECK HANDLE WALK ELEM WERR INJ ZAP PAGE USER NESTED EMUL "
-    "MATCH IO OTHER"
+    "MATCH IO ABIT DBIT UNSYNC SYNC SPLIT PUSH FULL NOTE OTHER"
 ).split()
 (
     ENTRY, EXIT, FAULT, FAST, RET, FRET, REQ, CHANGE, SET, MARK, CHECK, HANDLE, WALK, ELEM, WERR, INJ, ZAP, PAGE, USER,
-    NESTED, EMUL, MATCH, IO, OTHER,
+    NESTED, EMUL, MATCH, IO, ABIT, DBIT, UNSYNC, SYNC, SPLIT, PUSH, FULL, NOTE, OTHER,
 ) = range(len(KINDS))  # fmt: skip
 
-_COLUMNS = {  # event: kind, vcpu, a, b, c, sub
-    "kvm_entry": (ENTRY, "vcpu", "rip", None, None, None),
-    "kvm_exit": (EXIT, "vcpu", "info1", "info2", "rip", None),
-    "kvm_page_fault": (FAULT, "vcpu", "address", "error_code", "rip", None),
-    "fast_page_fault": (FAST, "vcpu", "gva", "error_code", None, "fixed"),
-    "kvm_mmu_spte_requested": (REQ, None, "gfn", "pfn", None, "level"),
-    "kvm_tdp_mmu_spte_changed": (CHANGE, None, "gfn", "new_spte", "old_spte", "level"),
-    "kvm_mmu_set_spte": (SET, None, "gfn", "spte", "sptep", "level"),
-    "mark_mmio_spte": (MARK, None, "gfn", "gen", None, None),
-    "check_mmio_spte": (CHECK, None, "spte", "spte_gen", None, "valid"),
-    "handle_mmio_page_fault": (HANDLE, None, "gfn", "access", None, None),
-    "kvm_mmu_pagetable_walk": (WALK, None, "addr", "pferr", None, None),
-    "kvm_mmu_paging_element": (ELEM, None, "pte", None, None, "level"),
-    "kvm_mmu_walker_error": (WERR, None, "pferr", None, None, None),
-    "kvm_inj_exception": (INJ, None, "error_code", None, None, "reinjected"),
-    "kvm_mmu_prepare_zap_page": (ZAP, None, "gfn", None, None, "level"),
-    "kvm_mmu_get_page": (PAGE, None, "gfn", None, None, "level"),
-    "kvm_userspace_exit": (USER, None, None, None, None, None),
-    "kvm_emulate_insn": (EMUL, None, "rip", None, None, None),
-    "vcpu_match_mmio": (MATCH, None, "gpa", None, None, None),
-    "kvm_mmio": (IO, None, "gpa", None, None, "kind"),
+_COLUMNS = {  # event: kind, vcpu, a, b, c, sub, d
+    "kvm_entry": (ENTRY, "vcpu", "rip", None, None, None, None),
+    "kvm_exit": (EXIT, "vcpu", "info1", "info2", "rip", None, "intr_info"),
+    "kvm_page_fault": (FAULT, "vcpu", "address", "error_code", "rip", None, None),
+    "fast_page_fault": (FAST, "vcpu", "gva", "error_code", None, "fixed", "sptep"),
+    "kvm_mmu_spte_requested": (REQ, None, "gfn", "pfn", None, "level", None),
+    "kvm_tdp_mmu_spte_changed": (CHANGE, None, "gfn", "new_spte", "old_spte", "level", "as_id"),
+    "kvm_mmu_set_spte": (SET, None, "gfn", "spte", "sptep", "level", None),
+    "mark_mmio_spte": (MARK, None, "gfn", "gen", "sptep", None, "access"),
+    "check_mmio_spte": (CHECK, None, "spte", "spte_gen", "kvm_gen", "valid", None),
+    "handle_mmio_page_fault": (HANDLE, None, "gfn", "access", "addr", None, None),
+    "kvm_mmu_pagetable_walk": (WALK, None, "addr", "pferr", None, None, None),
+    "kvm_mmu_paging_element": (ELEM, None, "pte", None, None, "level", None),
+    "kvm_mmu_walker_error": (WERR, None, "pferr", None, None, None, None),
+    "kvm_inj_exception": (INJ, None, "error_code", None, None, "reinjected", None),
+    "kvm_mmu_prepare_zap_page": (ZAP, None, "gfn", "unsync", None, "level", None),
+    "kvm_mmu_get_page": (PAGE, None, "gfn", "created", "direct", "level", "gpte_bytes"),
+    "kvm_mmu_unsync_page": (UNSYNC, None, "gfn", "unsync", "quadrant", "level", "gpte_bytes"),
+    "kvm_mmu_sync_page": (SYNC, None, "gfn", "unsync", "quadrant", "level", "gpte_bytes"),
+    "kvm_mmu_set_accessed_bit": (ABIT, None, "gpa", None, None, None, None),
+    "kvm_mmu_set_dirty_bit": (DBIT, None, "gpa", None, None, None, None),
+    "kvm_mmu_split_huge_page": (SPLIT, None, "gfn", "spte", "errno", "level", None),
+    "kvm_userspace_exit": (USER, None, "code", None, None, None, None),
+    "kvm_emulate_insn": (EMUL, None, "rip", "csbase", None, None, None),
+    "vcpu_match_mmio": (MATCH, None, "gpa", "gva", "write", "gpa_match", None),
+    "kvm_mmio": (IO, None, "gpa", "len", "val", "kind", None),
+    "kvm_dirty_ring_push": (PUSH, "ring", "offset", "slot", None, None, None),
+    "kvm_dirty_ring_exit": (FULL, "vcpu", None, None, None, None, None),
+    "tracing_mark_write": (NOTE, None, None, None, None, None, None),
 }
 
 STEP = np.dtype(
@@ -164,10 +179,15 @@ STEP = np.dtype(
         ("a", np.uint64),
         ("b", np.uint64),
         ("c", np.uint64),
+        ("d", np.uint64),
     ]
 )
-"""One event of a task; what a, b, c and sub hold depends on the kind."""
+"""One event of a task; what a, b, c, d and sub hold depends on the kind."""
 
+_NOT_RUNNING = (
+    FAULT, FAST, RET, FRET, REQ, SET, MARK, CHECK, HANDLE, WALK, ELEM, WERR, INJ, PAGE, EMUL, MATCH, IO, ABIT, DBIT,
+    UNSYNC, PUSH, NOTE,
+)  # fmt: skip
 _NO = np.uint64(MISSING)
 _REMEMBERED = 4096  # a task's events that are remembered from piece to piece
 _TASKS = 1 << 12
@@ -197,9 +217,9 @@ def steps(piece: trace.Trace, era: Any) -> NDArray[Any]:
         if name in _COLUMNS:
             kind, *columns = _COLUMNS[name]
             rows["kind"] = kind
-            for target, column in zip(("vcpu", "a", "b", "c", "sub"), columns, strict=True):
+            for target, column in zip(("vcpu", "a", "b", "c", "sub", "d"), columns, strict=True):
                 if column is not None:
-                    rows[target] = events[column]
+                    rows[target] = events[column].astype(rows.dtype[target])
         elif name.endswith("_page_fault_ret"):
             rows["kind"], rows["a"] = FRET if name.startswith("fast_") else RET, events["ret"].astype(np.uint64)
         elif name.startswith(("kvm_nested", "kvm_async_pf")):
@@ -207,6 +227,8 @@ def steps(piece: trace.Trace, era: Any) -> NDArray[Any]:
         if name == "kvm_exit":
             for reason, sub in _EXITS.items():
                 rows["sub"][events["reason"] == reason] = sub
+            known = (events["intr_info"] != _NO) & (events["error_code"] != _NO)
+            rows["d"] |= np.where(known, events["error_code"], np.uint64(0)) << np.uint64(32)
         elif name == "fast_page_fault":
             rows["sub"] = (events["spurious"] == 1) | (events["fixed"] == 1).astype(np.int16) << np.int16(1)
         elif name == "kvm_inj_exception":
@@ -219,9 +241,29 @@ def steps(piece: trace.Trace, era: Any) -> NDArray[Any]:
 
 
 class Order:
-    """The rules of order; :meth:`add` the steps of each piece. ``seen`` holds the names of the trace's events."""
+    """The rules of order; :meth:`add` the steps of each piece.
 
-    def __init__(self, ledger: Ledger, form: SpteLayout | None, *, ept: bool, seen: Collection[str]) -> None:
+    Args:
+        ledger: takes the findings.
+        form: the sptes' layout, None where it is not known.
+        ept: error codes are of a machine with EPT.
+        seen: the names of the trace's events.
+        inner: a probe on fast_page_fault itself is among them.
+        reinjects: the kernel prints exceptions that are injected again.
+        more: further rules, on the same steps.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        form: SpteLayout | None,
+        *,
+        ept: bool,
+        seen: Collection[str],
+        inner: bool = False,
+        reinjects: bool = False,
+        more: Collection[Callable[[Order, Visit], None]] = (),
+    ) -> None:
         self.ledger, self.form, self.ept = ledger, form, ept
         for rule, events in NEEDED.items():
             missing = [name for name in events if not {name, f"kvm_{name}"} & set(seen)]
@@ -229,6 +271,12 @@ class Order:
                 named = [name if name[0] == "*" or name in trace.FORMATS else f"kvm_{name}" for name in missing]
                 ledger.excused[rule] = f"the trace has no {' or '.join(named)}"
         self.numbers = RETURN_NUMBERS["6.12" if form and form.name.startswith("6.12") else "6.1"]
+        self.seen, self.more = set(seen), tuple(more)
+        self.nested = any(name.startswith("kvm_nested") for name in seen)
+        self.foreign = ept  # walks may be of a guest's own EPT, whose bits are others
+        self.tdp_mmu = "kvm_tdp_mmu_spte_changed" in self.seen
+        self.inner, self.reinjects = inner, reinjects
+        self.large = False  # large pages have been seen that may be executed: no mitigation makes them smaller
         self._kept = np.zeros(0, dtype=STEP)
 
     def add(self, rows: NDArray[Any]) -> None:
@@ -237,8 +285,18 @@ class Order:
             return
         rows = np.concatenate([self._kept, rows])
         rows = rows[np.lexsort((rows["line"], rows["task"]))]
-        self._judge(_Visit(rows, self.ledger))
+        self.large |= self._has_large(rows)
+        self._judge(Visit(rows, self.ledger))
         self._keep(rows)
+
+    def _has_large(self, rows: NDArray[Any]) -> bool:
+        """Whether a large leaf is executable; where none is, faults may set a smaller page than they requested."""
+        if self.form is None:
+            return False
+        bits, large = self.form.bits, rows["b"][(rows["kind"] == SET) & (rows["sub"] > 1)]
+        if self.form.ept:
+            return bool((large & np.uint64(bits.mask("X")) != 0).any())
+        return bool((large & np.uint64(bits.mask("NX")) == 0).any())
 
     def _keep(self, rows: NDArray[Any]) -> None:
         n = len(rows)
@@ -260,7 +318,7 @@ class Order:
 
     # The rules -------------------------------------------------------------------------------------------------------
 
-    def _judge(self, v: _Visit) -> None:
+    def _judge(self, v: Visit) -> None:
         self._entries(v)
         self._faults(v)
         self._fast(v)
@@ -269,20 +327,23 @@ class Order:
         self._tables(v)
         self._walks(v)
         self._mmio(v)
+        for judge in self.more:
+            judge(self, v)
 
-    def _entries(self, v: _Visit) -> None:
+    def _entries(self, v: Visit) -> None:
         last = v.before(ENTRY, EXIT)
         known = last >= 0
         entry, exit_ = v.kind == ENTRY, v.kind == EXIT
         v.find(ENTER, entry & known, v.at("kind", last) == ENTRY, last)
         v.find(LEAVE, exit_ & known, v.at("kind", last) == EXIT, last)
+        v.find(RUNNING, known & np.isin(v.kind, _NOT_RUNNING), v.at("kind", last) == ENTRY, last)
         user = v.before(USER)
         moved = entry & (v.at("kind", last) == EXIT) & (user > last)  # the thread may run another vCPU now
         of = known & (entry | exit_ | (v.kind == FAULT) | (v.kind == FAST)) & ~moved
         of &= (v.rows["vcpu"] >= 0) & (v.at("vcpu", last) >= 0)
         v.find(SAME_VCPU, of, v.rows["vcpu"] != v.at("vcpu", last), last)
 
-    def _faults(self, v: _Visit) -> None:
+    def _faults(self, v: Visit) -> None:
         last, fault = v.before(ENTRY, EXIT), v.before(FAULT)
         here = (v.kind == FAULT) & (last >= 0)
         exit_ = v.at("kind", last) == EXIT
@@ -307,7 +368,7 @@ class Order:
     def _code(self, code: NDArray[np.uint64]) -> NDArray[np.uint64]:
         return pfec.from_ept(code) if self.ept else code
 
-    def _fast(self, v: _Visit) -> None:
+    def _fast(self, v: Visit) -> None:
         last, fault, fast = v.before(ENTRY, EXIT), v.before(FAULT), v.before(FAST)
         here = (v.kind == FAST) & (last >= 0)
         code = self._code(v.at("b", fault))
@@ -322,10 +383,11 @@ class Order:
         emulated = (ret > fault) & (v.at("a", ret) == np.uint64(self.numbers["EMULATE"]))
         v.find(FAST_MISSING, closing & ~emulated, fast < fault, fault)
 
-    def _returns(self, v: _Visit) -> None:
+    def _returns(self, v: Visit) -> None:
         last, fault, ret, fast = v.before(ENTRY, EXIT), v.before(FAULT), v.before(RET), v.before(FAST)
         here = (v.kind == RET) & (last >= 0) & (v.before(NESTED) < last)
-        v.find(RETURN_ONCE, here, (fault < last) | (ret > fault), np.where(ret > fault, ret, last))
+        late = v.before(INJ) > fault
+        v.find(RETURN_ONCE, here, (fault < last) | (ret > fault) | late, np.where(ret > fault, ret, last))
         closing = np.isin(v.kind, (ENTRY, EXIT)) & (v.at("kind", last) == EXIT) & (fault > last)
         check = v.before(CHECK)
         closing &= (self._code(v.at("b", fault)) & _RSVD == 0) | ((check > fault) & (v.at("sub", check) == 0))
@@ -348,6 +410,8 @@ class Order:
         sets, change = v.before(SET), v.before(CHANGE)
         mapped = (sets > fault) & (v.at("kind", v.at_index(v.previous(), sets)) == CHANGE) & (change > fault)
         was_there = (did == 1) | ((v.before(REQ) > fault) & ~mapped)
+        if "fast_page_fault" not in self.seen:  # then that the fast path said so was perhaps not recorded
+            was_there |= self._code(v.at("b", fault)) & (_P | _W) == _P | _W
         v.find(RETURN_SPURIOUS, handler & (said == number["SPURIOUS"]), ~was_there, fault)
         nothing = (did != 2) & (v.before(SET, CHANGE, MARK) < fault)
         v.find(RETURN_FIXED, handler & (said == number["FIXED"]), nothing, fault)
@@ -365,7 +429,7 @@ class Order:
         asked &= v.at("b", fault) >> np.uint64(33) & np.uint64(1) == 0  # a guest's table is only unprotected
         v.find(EMULATED, asked, v.before(EMUL, USER) < ret, ret)
 
-    def _sets(self, v: _Visit) -> None:
+    def _sets(self, v: Visit) -> None:
         last, fault, request = v.before(ENTRY, EXIT), v.before(FAULT), v.before(REQ)
         within = (fault >= 0) & (fault > last) & (v.before(USER, WERR, NESTED) < fault)
         direct = v.before(WALK) < fault
@@ -442,7 +506,7 @@ class Order:
         other = (request < fault) | ~same
         v.find(CHANGE_REQUEST, there, other, np.where(request > fault, request, fault))
 
-    def _tables(self, v: _Visit) -> None:
+    def _tables(self, v: Visit) -> None:
         if self.form is None:
             return
         changes = v.kind == CHANGE
@@ -462,6 +526,7 @@ class Order:
         linked = changes & (new == NON_LEAF) & (old != NON_LEAF)
         made, used = v.before(PAGE), v.before_where(linked)
         fits = (v.at("a", made) == v.rows["a"]) & (v.at("sub", made) == level - 1) & (used < made)
+        fits &= v.at("b", made) == 1
         v.find(TABLE_NEW, linked & (made >= 0), ~fits, made)
         # While others run, all 512 entries of a table are removed, empty ones too, in order.
         gone = np.flatnonzero(changes & np.isin(new, (REMOVED, FROZEN)))
@@ -476,7 +541,9 @@ class Order:
         same &= slot[:-1] >> np.uint64(9) == slot[1:] >> np.uint64(9)
         empty = old[a] == NONE
         follows = slot[:-1] + np.uint64(1) == slot[1:]
-        begins = (slot[1:] & np.uint64(511) == 0) & (~empty | (slot[:-1] & np.uint64(511) == np.uint64(511)))
+        ended = slot[:-1] & np.uint64(511) == np.uint64(511)
+        begins = (slot[1:] & np.uint64(511) == 0) & (~empty | ended)
+        begins |= ended & (old[b] != NONE)  # another time, with the lock held alone: empty entries stay as they are
         empty, follows = empty | (old[b] == NONE), follows | begins
         of, wrong = np.zeros(len(v.kind), dtype=np.bool_), np.zeros(len(v.kind), dtype=np.bool_)
         of[b], wrong[b] = same & empty, ~follows
@@ -484,7 +551,7 @@ class Order:
         context[b] = a
         v.find(TABLE_ALL, of, wrong, context)
 
-    def _walks(self, v: _Visit) -> None:
+    def _walks(self, v: Visit) -> None:
         last = v.before(ENTRY, EXIT, FAULT, WALK, ELEM)
         first = v.before_where((v.kind == ELEM) & (v.at("kind", last) == WALK))
         kind, level, above = v.at("kind", last), v.rows["sub"], v.at("sub", last)
@@ -506,11 +573,16 @@ class Order:
         ended = (v.at("sub", behind) == 1) | (entry & np.uint64(1) == 0) | (entry & np.uint64(0x80) != 0)
         after = (behind >= 0) & (v.at("kind", behind) == ELEM) & ~np.isin(v.kind, (ELEM, OTHER))
         v.find(WALK_END, after, ~ended & (v.kind != WERR), behind)
+        unbroken = np.isin(v.at("kind", behind), (WALK, ELEM, ABIT, DBIT))
+        v.find(WALK_WHOLE, here & (behind >= 0), ~unbroken, behind)
+        v.find(WALK_WHOLE, after & np.isin(v.kind, (REQ, ABIT, DBIT, PAGE)), ~ended, behind)
+        v.find(ERROR_AFTER, (v.kind == WERR) & (behind >= 0), v.at("kind", behind) != ELEM, behind)
         fault = (behind >= 0) & (v.at("kind", behind) == FAULT) & (v.kind == WALK)
         exit_ = v.before(EXIT)
         code = v.at("b", behind)
         fault &= (v.at("sub", exit_) == EXCEPTION) & (code & _RSVD == 0)
-        to_unprotect = v.rows["b"] & ~np.uint64(4) == 0  # while an event is delivered: a read, by the CPL
+        delivers = (v.at("d", exit_) >> np.uint64(31) & np.uint64(1) != 0) | (v.at("d", exit_) == _NO)
+        to_unprotect = delivers & (v.rows["b"] & ~np.uint64(4) == 0)  # while an event is delivered: a read, by the CPL
         other = (v.rows["a"] != v.at("a", behind)) | ((v.rows["b"] != code) & ~to_unprotect)
         v.find(WALK_FAULT, fault, other, behind)
         last_fault, leaf = v.before(FAULT), v.before(ELEM)
@@ -521,7 +593,7 @@ class Order:
         shot = (v.kind == INJ) & (v.rows["sub"] == 2) & (entered >= 0)
         v.find(INJECTED, shot, (error < entered) | (v.at("a", error) != v.rows["a"]), error)
 
-    def _mmio(self, v: _Visit) -> None:
+    def _mmio(self, v: Visit) -> None:
         behind = v.previous()
         checked = (v.kind != OTHER) & (behind >= 0) & (v.at("kind", behind) == CHECK)
         valid = v.at("sub", behind) == 1
@@ -556,7 +628,7 @@ class Order:
         v.find(MMIO_FAULT, named, spte.mmio(v.rows["a"], self.form)["gfn"] != v.at("a", fault) >> np.uint64(12), fault)
 
 
-class _Visit:
+class Visit:
     """Steps sorted by task, and for each the last one of some kind before it; judged are the fresh ones."""
 
     def __init__(self, rows: NDArray[Any], ledger: Ledger) -> None:

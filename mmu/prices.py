@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from mmu import published
 from mmu.handling import REPAIR, Step
-from mmu.picture import FAINT, FAST, INK, LOCK, PAPER, VCPU, Picture, canvas
+from mmu.picture import FAINT, FAST, INK, LOCK, PAPER, PIXEL, VCPU, Picture, canvas, is_narrow, two_widths
 
-_PIXEL = 1 / 100  # of the page, in inches
 _ROW = 22
 
 
+@two_widths
 def side_by_side(faults: Mapping[str, Sequence[Step]]) -> Picture:
     """The handling of several faults, one lane each, time downward; a band beside what is done under the mmu-lock.
 
@@ -30,11 +30,11 @@ def side_by_side(faults: Mapping[str, Sequence[Step]]) -> Picture:
     Args:
         faults: for each fault's name its :func:`mmu.handling.steps`.
     """
-    width = 700
+    width = 360 if is_narrow() else 700
     longest = max(len(steps) for steps in faults.values())
-    height = 42 + _ROW * longest + 26
+    height = 42 + _ROW * longest + (44 if is_narrow() else 26)
     findings = []
-    with canvas(width * _PIXEL, height * _PIXEL) as figure:
+    with canvas(width * PIXEL, height * PIXEL) as figure:
         figure.set_layout_engine("none")
         axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
         axes.set(xlim=(0, width), ylim=(height, 0))
@@ -44,9 +44,10 @@ def side_by_side(faults: Mapping[str, Sequence[Step]]) -> Picture:
             events = [step for step in steps if step.event]
             held = sum(step.locked for step in events)
             findings.append(f"{name}: {len(events)} recorded events, {held or 'none'} of them under the mmu-lock")
-        axes.text(8, height - 10, "● recorded   ○ done without an event   ", size=8.5, va="center", color=FAINT)
-        axes.add_patch(Rectangle((262, height - 16), 9, 12, facecolor=PAPER, edgecolor=LOCK, hatch="/////"))
-        axes.text(277, height - 10, "under the mmu-lock", size=8.5, va="center", color=FAINT)
+        x, above = (8, 28) if is_narrow() else (262, 10)
+        axes.text(8, height - above, "● recorded   ○ done without an event   ", size=8.5, va="center", color=FAINT)
+        axes.add_patch(Rectangle((x, height - 16), 9, 12, facecolor=PAPER, edgecolor=LOCK, hatch="/////"))
+        axes.text(x + 15, height - 10, "under the mmu-lock", size=8.5, va="center", color=FAINT)
     return Picture(figure, "; ".join(findings) + ".")
 
 
@@ -65,7 +66,8 @@ def _draw_lane(axes: Axes, left: float, name: str, steps: Sequence[Step]) -> Non
     for step, at in zip(steps, y, strict=True):
         fill = colour if step.event else PAPER
         axes.plot(x, at, marker="o", color=colour, markerfacecolor=fill, markersize=7, markeredgewidth=1.5, zorder=2)
-        axes.text(x + 15, at + 4, step.label, size=9, color=INK if step.event else FAINT)
+        size = 8 if is_narrow() else 9
+        axes.text(x + 15, at + 4, step.label, size=size, color=INK if step.event else FAINT)
 
 
 _LABELS = {
@@ -75,6 +77,7 @@ _LABELS = {
 }
 
 
+@two_widths
 def price_by_vcpus(
     table: NDArray[np.void] = published.SPLIT_ON_FAULT, other: np.void = published.FAST_TDP[0]
 ) -> Picture:
@@ -93,30 +96,45 @@ def price_by_vcpus(
         "split": {"color": FAST, "linewidth": 1.4, "marker": "o", "markersize": 7},
         "eager": {"color": FAINT, "linewidth": 1.2, "marker": "^", "markersize": 6, "linestyle": "--"},
     }
-    with canvas(7.0, 3.4) as figure:
+    with canvas(7.0, 3.4, narrow=4.4) as figure:
         axes = figure.add_subplot()
-        for way in ways:
+        for row, way in enumerate(ways):
             axes.plot(table["vcpus"], cost[way], **style[way])
             end = (table["vcpus"][-1], cost[way][-1])
             text = f"{end[1]:.1f} µs  {_LABELS[way]}"
+            if is_narrow():  # no room at the right: a key above the curves
+                axes.plot(2, 22 - 1.5 * row, **style[way])
+                axes.text(2.5, 22 - 1.5 * row, text.replace("\n", " "), va="center", size=8)
+                continue
             axes.annotate(text, end, xytext=(9, 0), textcoords="offset points", va="center", size=9)
         starts = [cost[way][0] for way in ways[:2]]
         text = f"{starts[0]:.2f} and {starts[1]:.2f} µs"
-        axes.annotate(text, (table["vcpus"][0], max(starts)), xytext=(-5, 10), textcoords="offset points", size=9)
+        axes.annotate(
+            text,
+            (table["vcpus"][0], max(starts)),
+            xytext=(-5, 26 if is_narrow() else 10),
+            textcoords="offset points",
+            size=9,
+        )
         pair = published.per_page([other["before"], other["after"]])
         axes.plot([other["vcpus"]] * 2, pair, color=FAINT, linewidth=0.8, linestyle=":", zorder=0)
-        for value, way, words in zip(pair, ways, ("slow path", "fast path"), strict=False):
+        said = [f"slow path {pair[0]:.1f} µs", f"fast path {pair[1]:.2f} µs"]
+        if is_narrow():
+            said = ["\n".join(["another test,", "2021:", *said]), ""]
+        else:
+            said[0] = f"another test, 2021: {said[0]}"
+        for value, way, text, lift in zip(pair, ways, said, (0, 19), strict=False):
             axes.plot(other["vcpus"], value, marker="D", markersize=7, color=style[way]["color"], zorder=3)
             beside = {"ha": "right", "va": "center", "size": 9}
-            text = f"another test, 2021: {words} {value:.1f} µs" if way == "built" else f"{words} {value:.2f} µs"
-            lift = 0 if way == "built" else 19
             axes.annotate(text, (other["vcpus"], value), xytext=(-9, lift), textcoords="offset points", **beside)
         axes.set_xscale("log", base=2)
         axes.set_xticks(table["vcpus"], [str(n) for n in table["vcpus"].tolist()])
         axes.minorticks_off()
-        axes.set(xlim=(1.8, 500), ylim=(0, ceil(1.08 * max(max(c.max() for c in cost.values()), pair.max()))))
+        top = ceil(1.08 * max(max(c.max() for c in cost.values()), pair.max()))
+        axes.set(xlim=(1.8, 120 if is_narrow() else 500), ylim=(0, 24 if is_narrow() else top))
         axes.set(xlabel="vCPUs, all writing at once", ylabel="µs for a page’s first write")
-        axes.xaxis.set_label_coords(0.36, -0.13)
+        if not is_narrow():
+            axes.xaxis.set_label_coords(0.36, -0.13)
         axes.spines["bottom"].set_bounds(1.8, table["vcpus"][-1])
     few, many = table["vcpus"][[0, -1]].tolist()
     said = [

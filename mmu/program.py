@@ -222,12 +222,18 @@ class Step:
     target: str = ""  # where the condition leads
     otherwise: str = ""  # where a failed cmpxchg leads
     following: str = DONE
-    keeps: frozenset[str] = frozenset()  # locals that some later step still reads
+    keeps: tuple[
+        tuple[str, frozenset[str]], ...
+    ] = ()  # ((label that may come next, locals still read from there), ...)
 
     @property
     def reads(self) -> bool:
         """Whether what the step does depends on the word's value."""
         return self.kind in ("read", "locked")
+
+    def live(self, label: str) -> frozenset[str]:
+        """The locals that are still read once the step has led to this label; the others are forgotten."""
+        return dict(self.keeps)[label]
 
     @property
     def drains(self) -> bool:
@@ -452,13 +458,13 @@ def _names(record: Record) -> set[str]:
 
 
 def _keep_live(steps: list[Step], observed: frozenset[str]) -> list[Step]:
-    """Give each step the locals that are still read after it; whatever else it knew is forgotten."""
+    """Give each step the locals that are still read where it leads; whatever else it knew is forgotten there."""
     place = {step.label: number for number, step in enumerate(steps)}
     live = [frozenset[str]()] * len(steps)
 
-    def after(step: Step) -> frozenset[str]:
+    def after(step: Step) -> dict[str, frozenset[str]]:
         labels = {step.following, step.target, step.otherwise} - {""}
-        return frozenset().union(*(live[place[label]] if label in place else observed for label in labels))
+        return {label: live[place[label]] if label in place else observed for label in sorted(labels)}
 
     while True:
         before = list(live)
@@ -468,9 +474,10 @@ def _keep_live(steps: list[Step], observed: frozenset[str]) -> list[Step]:
             defined = {name for name, _ in step.into}
             needed = _names(step.old) | _names(step.new) | (step.guard.names if step.guard else set())
             shared = {part.name for part in step.word.parts} if step.word else set()
-            live[number] = frozenset((needed | ((uses | after(step)) - defined)) - shared - {"me"})
+            later = frozenset().union(*after(step).values())
+            live[number] = frozenset((needed | ((uses | later) - defined)) - shared - {"me"})
         if live == before:
-            return [replace(step, keeps=after(step)) for step in steps]
+            return [replace(step, keeps=tuple(after(step).items())) for step in steps]
 
 
 # --- the program ---

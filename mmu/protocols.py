@@ -292,6 +292,9 @@ class Model:
     forever: bool = False
 
 
+MOST_VCPUS = 64
+"""More are refused: no search of so many would end, and writing their programs down takes long."""
+
 _READ_ALL = "old = spte; if old.w: done"
 _SEED = {
     "seed": Variant("as the message of 2012 has it"),
@@ -449,13 +452,15 @@ def program(model: str = "one-shot", variant: str = "seed", vcpus: int = 3) -> P
     (1, 1)
 
     Raises:
-        ValueError: no such model or variant, or too few vCPUs for it.
+        ValueError: no such model or variant, or too few vCPUs for it, or more than :data:`MOST_VCPUS`.
     """
     body, chosen = text(model, variant, vcpus), MODELS[model]
     marks, most = chosen.variants[variant].marks, chosen.roles[0]
     least = len(chosen.roles) + (marks in ("wraps", "slow"))
     if vcpus < least:
         raise ValueError(f"{model} {variant} with {vcpus} vCPUs: it takes {least} at least")
+    if vcpus > MOST_VCPUS:
+        raise ValueError(f"{model} {variant} with {vcpus} vCPUs: it takes {MOST_VCPUS} at most")
     actors = [most] * (vcpus - len(chosen.roles) + 1) + list(chosen.roles[1:])
     own = list(range(1, vcpus + 1))
     last = vcpus - len(chosen.roles)  # the last of those that fault

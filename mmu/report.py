@@ -333,14 +333,12 @@ def run(options: argparse.Namespace) -> int:
         found = _answer(tally, options.layout)
         if tally.lines or not trouble:
             reports.append((path, found))
-            entries.append({"path": path, **found, **({"error": trouble} if trouble else {})})
-        else:
-            entries.append({"path": path, "error": trouble})
+        entries.append({"path": path, **found, **({"error": trouble} if trouble else {})})
         if code == STOPPED:
             break
     if options.json:
-        print(json.dumps(entries[0] if len(options.files) == 1 else {"files": entries}, allow_nan=False))
-    else:
+        print(json.dumps(entries[0] if len(options.files) == 1 else _together(entries), allow_nan=False))
+    elif reports:
         print("\n\n".join(text(found, path) for path, found in reports))
     if options.html:
         try:
@@ -350,6 +348,31 @@ def run(options: argparse.Namespace) -> int:
             print(f"report: {_printable(options.html)}: {error.strerror or error}", file=sys.stderr)
             code = max(code, UNUSABLE)
     return code
+
+
+def _together(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """Several reports as one: numbers are added up, and ``files`` has each by itself."""
+
+    def added(values: list[Any]) -> Any:
+        if not isinstance(values[0], dict):
+            return sum(values)
+        keys = dict.fromkeys(key for value in values for key in value)
+        return {key: added([value[key] for value in values if key in value]) for key in keys}
+
+    layouts = {entry["layout"] for entry in entries if entry["lines"]}
+    pages = added([dict(entry["hottest"]) for entry in entries])
+    times = [[entry[key] for entry in entries if entry[key] is not None] for key in ("first", "last")]
+    return {
+        **{key: added([entry[key] for entry in entries]) for key in ("lines", "events", "other", "lost")},
+        "unreadable": [{"path": entry["path"], **line} for entry in entries for line in entry["unreadable"]],
+        "layout": layouts.pop() if len(layouts) == 1 else None,
+        **{key: added([entry[key] for entry in entries]) for key in ("faults", "fast")},
+        "hottest": [list(item) for item in sorted(pages.items(), key=lambda item: (-item[1], item[0]))[:HOTTEST]],
+        "first": min(times[0], default=None),
+        "last": max(times[1], default=None),
+        "complete": all(entry["complete"] for entry in entries),
+        "files": entries,
+    }
 
 
 def _printable(path: str) -> str:

@@ -263,7 +263,7 @@ def _codes(found: dict[str, Any]) -> list[Any]:
             tag("td", tag("code", code)),
             tag("td", layout.text(int(code, 16))),
             tag("td", f"{n:,}", class_="n"),
-            tag("td", f"{100 * n / total:.1f} %", class_="n"),
+            tag("td", f"{100 * n / total:.1f} %", class_="n drawn"),
             _drawn(("slow", n / most)),
         )
         for code, n in list(codes.items())[:16]
@@ -360,6 +360,10 @@ def _sptes(number: int, found: dict[str, Any]) -> list[Any]:
     said = f"{cut['events']:,} events on {count} sptes; the last changes of the busiest {len(found['sptes'])}:"
     keys = "Click a change, or Tab to one and use the arrow keys. Filled: the bit is set. Round: only KVM reads it. "
     keys += "Underlined: it differs from before."
+    if form is not None:
+        single = [name for name, field in form.bits.items() if field.width == 1 and name in LETTERS]
+        keys += f" Letters: {', '.join(f'{LETTERS[name]} {name}' for name in single)}."
+        keys += " 1: a bit of a longer field, such as the PFN."
     rest = tag("details", tag("summary", f"{len(players) - 3} more"), players[3:]) if players[3:] else None
     return [tag("h3", "Sptes and their histories"), tag("p", said), tag("p", keys, class_="faint"), players[:3], rest]
 
@@ -384,7 +388,7 @@ def _player(name: str, one: dict[str, Any], form: SpteLayout | None) -> Markup:
             for which, value in words
         ]
         parts.append(tag("input", type="radio", name=f"s{name}", id=key, checked=checked))
-        short = {None: "first seen", "nothing": "seen"}.get(change["changed"], change["changed"])
+        short = {None: "first seen", "nothing": "seen"}.get(change["changed"], (change["changed"] or "").split(";")[0])
         parts.append(tag("label", short, for_=key))
         parts.append(tag("div", tag("p", said, state, ".", quiet), ribbons, class_="step"))
     return tag("fieldset", parts, class_="player")

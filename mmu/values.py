@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmu import spte, trace, update
+from mmu.histories import unhashed
 from mmu.ledger import Ledger, Rule
 from mmu.scan import MISSING
 from mmu.spte import FROZEN, ILLEGAL, LEAVES, NON_LEAF, REMOVED, UNKNOWN, SpteLayout
@@ -55,6 +56,10 @@ STALE = Rule("a valid MMIO spte is of the present generation", "Linux 6.1 mmu.c,
 GENERATION = Rule(
     "check_mmio_spte prints the generation of its spte", "Linux 6.1 spte.h, get_mmio_spte_generation", "layout"
 )
+NO_PLACE = Rule("the fast path names the entry that it looked at", f"{_FAST}: sptep is of the last level found")
+PAGE_NEW = Rule("a new shadow page is in sync and unused; one of entries of 8 bytes has no quadrant", f"{_TRACE}: role")
+RANGE = Rule("the host's notifier names whole pages of user space", "Linux 6.1 kvm_main.c, mmu_notifier_range")
+USER_NAME = Rule("an exit to user space has the number of its name", "Linux 6.1 include/uapi/linux/kvm.h")
 RING_USED = Rule("a dirty ring holds what was pushed and not reset", "Linux 6.1 dirty_ring.c, kvm_dirty_ring_used")
 
 LAYOUT_RULES = tuple(rule for rule in list(globals().values()) if isinstance(rule, Rule) and "layout" in rule.needs)
@@ -91,6 +96,15 @@ def judge(ledger: Ledger, piece: trace.Trace, form: SpteLayout | None, *, ept: b
     covers = np.uint64(9) * pages["level"].astype(np.uint64)
     bad = np.flatnonzero(pages["gfn"] & ((np.uint64(1) << covers) - np.uint64(1)) != 0)
     ledger.judge(TABLE, len(pages), bad, (pages["line"],), lambda i: f"gfn {int(pages['gfn'][i]):#x}")
+    pages = piece["kvm_mmu_get_page"]
+    used = pages["root"] > 0
+    odd = ((pages["created"] == 1) & (used | (pages["unsync"] == 1))) | (
+        (pages["gpte_bytes"] == 8) & (pages["quadrant"] > 0)
+    )
+    ledger.judge(
+        PAGE_NEW, len(pages), np.flatnonzero(odd), (pages["line"],), lambda i: f"gfn {int(pages['gfn'][i]):#x}"
+    )
+    _host(ledger, piece)
     _mmio(ledger, piece["check_mmio_spte"], form)
     for event in ("kvm_dirty_ring_push", "kvm_dirty_ring_reset"):
         ring = piece[event]
@@ -204,7 +218,7 @@ def _fast(ledger: Ledger, events: NDArray[Any], form: SpteLayout | None, *, ept:
     def find(rule: Rule, bad: Bools, of: Bools | None = None) -> None:
         ledger.judge(rule, len(events) if of is None else int(of.sum()), np.flatnonzero(bad), (line,), say)
 
-    real = events["sptep"] >= np.uint64(1 << 63)  # not hashed
+    real = unhashed(events["sptep"])
     index, page = events["sptep"] >> np.uint64(3) & np.uint64(511), events["gva"] >> np.uint64(12)
     fits = np.zeros(len(events), dtype=np.bool_)
     small = np.zeros(len(events), dtype=np.bool_)  # surely of the last level
@@ -213,6 +227,7 @@ def _fast(ledger: Ledger, events: NDArray[Any], form: SpteLayout | None, *, ept:
     for up in (0, 9, 18, 27, 36):
         fits |= (index == page >> np.uint64(up) & np.uint64(511)) & (np.bool_(up == 0) | ~small)
     find(INDEX, real & ~(fits & (events["sptep"] & np.uint64(7) == 0)), real)
+    find(NO_PLACE, events["sptep"] == 0)
     impossible = (code & _RSVD != 0) | ((code & (_P | _W) != (_P | _W)) & np.bool_(not ept))
     find(FAST_CODE, impossible)
     flags = (events["spurious"] > 1) | (events["fixed"] > 1)
@@ -247,6 +262,38 @@ def _fast(ledger: Ledger, events: NDArray[Any], form: SpteLayout | None, *, ept:
     rest = sound & ~spurious & ~fixed
     find(FAST_ALLOWED, rest & (outcome == 1), ~spurious & ~fixed)
     find(FAST_MISSED, rest & (outcome == 0) & ~is_large, ~spurious & ~fixed)
+
+
+_EXITS = dict(enumerate(
+    "UNKNOWN EXCEPTION IO HYPERCALL DEBUG HLT MMIO IRQ_WINDOW_OPEN SHUTDOWN FAIL_ENTRY INTR SET_TPR TPR_ACCESS".split()
+))  # fmt: skip
+_USER_TOP = np.uint64(1 << 56)  # user addresses end there where page tables have five levels
+
+
+def _host(ledger: Ledger, piece: trace.Trace) -> None:
+    for name in ("kvm_unmap_hva_range", "kvm_age_hva"):
+        ranges = piece[name]
+        wrong = (ranges["start"] >= ranges["end"]) | (ranges["end"] > _USER_TOP)
+        wrong |= (ranges["start"] | ranges["end"]) & np.uint64(0xFFF) != 0
+        wrong &= (ranges["start"] > 0) | (ranges["end"] != np.uint64(MISSING))  # all there is
+        ledger.judge(
+            RANGE, len(ranges), np.flatnonzero(wrong), (ranges["line"],),
+            lambda i, r=ranges: f"{int(r['start'][i]):#x} to {int(r['end'][i]):#x}",
+        )  # fmt: skip
+    pages = piece["kvm_set_spte_hva"]
+    wrong = (pages["hva"] & np.uint64(0xFFF) != 0) | (pages["hva"] >= _USER_TOP)
+    ledger.judge(RANGE, len(pages), np.flatnonzero(wrong), (pages["line"],), lambda i: f"{int(pages['hva'][i]):#x}")
+    users = piece["kvm_userspace_exit"]
+    wrong = np.zeros(len(users), dtype=np.bool_)
+    named = np.char.startswith(users["reason"], b"KVM_EXIT_")
+    for number, name in _EXITS.items():
+        wrong |= named & ((users["reason"] == f"KVM_EXIT_{name}".encode()) != (users["code"] == number))
+    plain = np.char.startswith(users["reason"], b"0x")
+    wrong[plain] |= users["reason"][plain] != np.char.mod(b"0x%x", users["code"][plain])
+    ledger.judge(
+        USER_NAME, len(users), np.flatnonzero(wrong), (users["line"],),
+        lambda i: f"{users['reason'][i].decode('latin-1')} ({int(users['code'][i])})",
+    )  # fmt: skip
 
 
 def _mmio(ledger: Ledger, events: NDArray[Any], form: SpteLayout | None) -> None:

@@ -51,7 +51,7 @@ def moves(program, memory, state):
                 there = step.target
             else:
                 there = step.following
-            kept = tuple(sorted((local, int(env[local])) for local in step.keeps if local in env))
+            kept = tuple(sorted((local, int(env[local])) for local in step.live(there) if local in env))
             pending = buffer
             if memory == "TSO" and step.kind == "store":
                 pending, writes = (*buffer, writes), ()

@@ -55,6 +55,16 @@ def test_a_single_setting():
     assert only["said"].startswith("100 vCPUs, 30 % writes, the lock held for 0.7 µs")
 
 
+def test_a_live_kernel_runs_any_setting(player):
+    """The trait that the module sets is answered by a run of mmu.cost.price, a wrong setting by what is expected."""
+    player.ask = [7, 33, 0.25]
+    grid = [np.array([value]) for value in (7, 0.33, 0.25)]
+    found = price(*grid, rng=np.random.default_rng(2012), faults=200)
+    assert player.answer == {"ask": [7, 33, 0.25], "state": state(7, 0.33, 0.25, *(column.item() for column in found))}
+    player.ask = [7.5, 33, 0.25]
+    assert "expected a whole number from 1" in player.answer["error"]
+
+
 @pytest.mark.parametrize("wrong", [[], [2, 1], [1, 1]])
 def test_lists_ascend(wrong):
     """A slider's values ascend; anything else is refused."""

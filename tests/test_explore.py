@@ -485,14 +485,19 @@ def test_text_on_the_command_line(capsys):
         (["--model", "zap", "--variant", "no-mb"], "means nothing for the model zap"),
         (["--model", "nothing"], "there is no model 'nothing'"),
         (["--vcpus", "1"], "it takes 2 at least"),
+        (["--vcpus", "999999999"], "it takes 64 at most"),
         (["--model", "looping", "--variant", "cmpxchg-id", "--vcpus", "7", "--canonical"], "5040 permutations"),
     ],
 )
 def test_unusable_on_the_command_line(capsys, arguments, message):
-    """What cannot be explored ends with exit code 2, a reason on stderr and nothing on stdout."""
-    code, out, err = run(capsys, *arguments, "--json")
+    """What cannot be explored ends with exit code 2 and a reason on stderr; stdout has it too, or stays empty."""
+    code, out, err = run(capsys, *arguments)
     assert (code, out) == (2, "")
     assert message in err
+    code, out, err = run(capsys, *arguments, "--json")
+    record = json.loads(out)
+    assert code == 2 and message in err and message in record["error"]
+    assert (record["states"], record["verdict"], record["complete"]) == (0, "unknown", False)
 
 
 def test_stopped_on_the_command_line(capsys):
@@ -531,3 +536,18 @@ def test_programs_that_tell_vcpus_apart():
         assert small.full_states == full.states
     with pytest.raises(ProgramError, match="tells vCPUs apart"):
         explore(looping(2), "SC", canonical=True, bad="spte.id == 2")
+
+
+@pytest.mark.parametrize(
+    ("variant", "sc", "tso"),
+    [
+        ("cmpxchg-id", (505, 1213, 14), (650, 1594, 16)),
+        ("cmpxchg-shared-id", (431, 1019, 15), (563, 1361, 17)),
+        ("rmw-id", (431, 1029, 14), (690, 1709, 18)),
+        ("rmw-shared-id", (357, 835, 15), (603, 1476, 19)),
+    ],
+)
+def test_variants_that_read_before_they_mark(variant, sc, tso):
+    """Variants with a local have the states that an enumerator without this language finds: dead locals are one."""
+    found = [explore(program("one-shot", variant, 3), memory) for memory in ("SC", "TSO")]
+    assert [(result.states, result.transitions, result.depth) for result in found] == [sc, tso]

@@ -1,7 +1,9 @@
 """mmu.figures: pictures state what they show, keep their words apart and inside, and never rely on colour alone."""
 
+import base64
 import io
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
-from mmu import figures, pfec
+from mmu import answers, charts, diagrams, figures, pfec, prices
 from mmu.figures import BARRIER, FAILED, LOCKS, SUCCEEDED, UNLOCKS, VIOLATED, Step
 from mmu.picture import INK
 from mmu.spte import LAYOUTS
@@ -39,19 +41,28 @@ ONE_EACH = [("", 0x1234_5678_9ABC_DEF0 & form.bits.mask(), name) for name, form 
 PICTURES = {
     "ribbon": lambda: figures.ribbon([("before", 0x625AE65, "6.1-npt"), ("after", 0x625AE67, "6.1-npt")]),
     "ribbon, all layouts": lambda: figures.ribbon(ONE_EACH),
-    "ribbon, narrow": lambda: figures.ribbon(ONE_EACH[:6], narrow=True),
+    "ribbon, six layouts": lambda: figures.ribbon(ONE_EACH[:6]),
     "ribbon, error code": lambda: figures.ribbon([("error code", 0x100000007, pfec.PFEC)]),
     "lanes": lambda: figures.lanes(RACE, ACTORS, state="shared after it"),
-    "lanes, narrow": lambda: figures.lanes(RACE, ACTORS, state="shared after it", narrow=True),
     "lanes, timed": lambda: figures.lanes([Step(0, "kvm_exit: npf", when="+12.3 us")], ["vCPU 0"]),
     "wall": lambda: figures.wall({"unique": np.zeros(1260), "shared": np.arange(1260) % 300 == 3}),
     "wall, many": lambda: figures.wall({"shared": np.arange(90_000) % 9000 == 3}),
+    "codes": figures.codes,
+    "transitions": figures.transitions,
+    "three walks": figures.three_walks,
+    "outcomes": lambda: diagrams.outcomes({"TSO, one smp_mb": {(0, 0): 3, (0, 1): 1}}, ("a", "b"), (0, 0)),
+    "id growth": diagrams.id_growth,
+    "price": prices.price_by_vcpus,
+    "moved cost": answers.moved_cost,
+    "seed points": charts.seed_points,
 }
 
 
-@pytest.fixture(params=PICTURES, ids=str)
+@pytest.fixture(params=itertools.product(PICTURES, ["page", "phone"]), ids=", ".join)
 def picture(request):
-    return PICTURES[request.param]()
+    name, where = request.param
+    drawn = PICTURES[name]()
+    return drawn if where == "page" else replace(drawn, figure=drawn.narrow, narrow=None)
 
 
 def drawn_texts(picture):
@@ -73,6 +84,15 @@ def test_words_keep_apart_and_inside(picture):
         assert min(overlap) <= 1.5, (one, other, overlap)
 
 
+def test_a_phone_gets_a_narrow_picture(picture):
+    """What is drawn for a phone is 360 pixels wide, and with a picture for a page comes as base64 in its metadata."""
+    if picture.narrow is None:
+        assert round(100 * picture.figure.get_size_inches()[0]) == 360
+        return
+    _, about = picture._repr_mimebundle_()
+    assert base64.b64decode(about["image/png"]["narrow"]) == picture.png(narrow=True) != picture.png()
+
+
 def test_the_file_is_opaque_sharp_and_stable(picture):
     """The PNG is twice the page's size, white at its corners, opaque everywhere and the same each time."""
     png = picture.png()
@@ -87,7 +107,8 @@ def test_the_file_is_opaque_sharp_and_stable(picture):
 @given(st.integers(0, 2**64 - 1), st.sampled_from(sorted(LAYOUTS)), st.booleans())
 def test_a_ribbon_fills_exactly_the_set_bits(word, name, narrow):
     """As many cells are filled as bits are set, and those that only KVM reads are round."""
-    axes = figures.ribbon([("", word, name)], narrow=narrow).figure.axes[0]
+    picture = figures.ribbon([("", word, name)])
+    axes = (picture.narrow if narrow else picture.figure).axes[0]
     form = LAYOUTS[name]
     software = form.bits.mask(*form.software)
     filled = [patch for patch in axes.patches if patch.get_facecolor() == (*_rgb(INK), 1.0)]

@@ -2,12 +2,16 @@
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mmu import check as checking
 from mmu import pfec, spte
 from mmu.__main__ import main
 
@@ -147,3 +151,129 @@ def test_nothing_to_compare(capsys, tmp_path):
     code, record, _ = run(capsys, "check", str(empty))
     assert code == 2
     assert record["of"] == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("decode", "pfec", ""),
+        ("decode", "pfec", "P||W"),
+        ("decode", "ept", "1_0"),
+        ("decode", "npf", "+5"),
+        ("decode", "spte", "５"),
+        ("decode", "ept", "P|W"),
+        ("decode", "bogus", "7"),
+        ("check", "no/such/file"),
+        ("check",),
+        ("report", "no/such/file"),
+        ("explore", "--vcpus", "0"),
+        ("explore", "--vcpus", "1000000000"),
+        ("explore", "--model", "merged", "--variant", "no-id"),
+        ("explore", "--memory", "PSO"),
+    ],
+)
+def test_json_even_of_errors(capsys, arguments):
+    """Arguments that cannot be used exit with 2, say why on stderr, and leave one JSON object on stdout."""
+    code, record, err = run(capsys, *arguments)
+    assert code == 2 and err
+    assert isinstance(record, dict)
+
+
+@pytest.mark.parametrize(("kind", "value"), [("pfec", " P | W "), ("pfec", "P|W|0x100000000"), ("npf", " 0X1Aa ")])
+def test_blanks_and_high_bits_in_a_value(capsys, kind, value):
+    """Blanks around a value or a flag mean nothing, and flags go together with a number, as KVM prints them."""
+    code, record, _ = run(capsys, "decode", kind, value)
+    assert code == 0
+    assert record["value"] == {" P | W ": "0x3", "P|W|0x100000000": "0x100000003", " 0X1Aa ": "0x1aa"}[value]
+
+
+def test_check_names_bad_files_in_json(capsys, tmp_path):
+    """A file that cannot be used is named in the JSON with its reason, beside the files that can."""
+    code, record, _ = run(capsys, "check", str(tmp_path), str(LITMUS))
+    assert code == 2
+    assert [file["path"] for file in record["files"]] == [str(LITMUS)]
+    assert [(wrong["path"], str(tmp_path) in wrong["reason"]) for wrong in record["errors"]] == [(str(tmp_path), True)]
+
+
+def test_ctrl_c_leaves_what_was_compared(capsys, monkeypatch):
+    """Ctrl-C in the second file exits with 3, and the JSON has the first file and says that it is not complete."""
+    whole = checking.check
+
+    def interrupted(path, **options):
+        if path == "second":
+            raise KeyboardInterrupt
+        return whole(path, **options)
+
+    monkeypatch.setattr(checking, "check", interrupted)
+    code, record, err = run(capsys, "check", str(LITMUS), "second", "third")
+    assert code == 3 and "PARTIAL" in err
+    assert (record["agree"], record["of"], record["complete"]) == (186, 186, False)
+
+
+def test_litmus_files_that_are_none(capsys, tmp_path):
+    """A start without names, and lists nested without end, are named as unreadable and unusable."""
+    start = tmp_path / "start.json"
+    start.write_text('{"tests": [{"threads": [], "exists": ["and"], "init": [1], "sc": "allowed"}]}')
+    code, record, _ = run(capsys, "check", str(start))
+    assert code == 2 and "'init' is no object" in record["files"][0]["unreadable"][0]["reason"]
+    deep = tmp_path / "deep.json"
+    deep.write_text('{"tests": [' + "[" * 9999 + "]" * 9999 + "]}")
+    code, record, err = run(capsys, "check", str(deep))
+    assert code == 2 and "nested too deeply" in err and record["files"] == []
+
+
+def test_a_litmus_search_that_was_stopped(capsys, monkeypatch):
+    """Where the bound on states stops a search, check exits with 3 and says that it is not complete."""
+    whole = checking.litmus.check
+    monkeypatch.setattr(checking.litmus, "check", lambda data: whole(data, max_states=100))
+    code, record, _ = run(capsys, "check", str(LITMUS))
+    assert code == 3
+    assert record["complete"] is False and record["files"][0]["complete"] is False
+
+
+def test_a_byte_order_mark(capsys, tmp_path):
+    """A byte order mark in front of a file changes nothing."""
+    marked = tmp_path / "table.csv"
+    marked.write_bytes(b"\xef\xbb\xbf" + gzip.decompress(TABLE.read_bytes()))
+    code, record, _ = run(capsys, "check", str(marked))
+    assert (code, record["agree"], record["of"]) == (0, 7680, 7680)
+
+
+def test_several_reports_are_added_up(capsys):
+    """Of several traces the JSON has the sums under a report's own keys, and each report under files."""
+    trace = str(TRACES / "npt0_E.trace.gz")
+    _, one, _ = run(capsys, "report", trace)
+    code, both, _ = run(capsys, "report", trace, trace)
+    assert code == 0
+    assert set(one) >= set(both) - {"files"}
+    assert both["lines"] == 2 * one["lines"] and both["layout"] == one["layout"]
+    assert both["faults"]["by_code"] == {code: 2 * n for code, n in one["faults"]["by_code"].items()}
+    assert both["hottest"] == [[page, 2 * n] for page, n in one["hottest"]]
+    assert both["files"] == [one, one]
+
+
+def test_output_that_nobody_takes(tmp_path):
+    """A reader that leaves early is no error, a full disk is, and neither leaves a traceback or a warning behind."""
+    command = [sys.executable, "-W", "error", "-m", "mmu", "decode", "pfec", "100000007"]
+    left, right = os.pipe()
+    os.close(left)
+    with open(right, "wb") as broken, open("/dev/full", "wb") as full:
+        early = subprocess.run(command, stdout=broken, stderr=subprocess.PIPE, text=True, check=False)
+        late = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (early.returncode, early.stderr) == (0, "")
+    assert (late.returncode, late.stderr) == (2, "python -m mmu: No space left on device\n")
+
+
+def test_output_in_ascii(tmp_path):
+    """Where the terminal knows ASCII alone, and a path holds a byte that is no text, what is printed is escaped."""
+    odd = os.fsencode(tmp_path) + b"/\xff.json"
+    with open(odd, "wb") as file:
+        file.write(LITMUS.read_bytes())
+    said = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "mmu", "check", odd],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        check=False,
+    )
+    assert (said.returncode, said.stderr) == (0, b"")
+    assert said.stdout.splitlines()[-1] == b"agree 186 of 186"

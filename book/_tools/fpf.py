@@ -1,6 +1,10 @@
 """The book's Sphinx extension: players beside the pages, buttons that lead somewhere, citations that read well."""
 
+import hashlib
+import json
 import os
+import re
+from base64 import b64decode
 from pathlib import Path
 
 from sphinx.ext.napoleon.docstring import GoogleDocstring
@@ -34,6 +38,27 @@ def _citations(app, page, template, context, doctree):
     context["body"] = context.get("body", "").replace('role="doc-biblioentry"', 'role="listitem"')
 
 
+def _narrow(app, page, template, context, doctree):
+    """Let a phone take the narrow drawing of a picture that has one (`mmu.picture`)."""
+    notebook = Path(app.env.doc2path(page)) if page in app.env.found_docs else Path()
+    if notebook.suffix != ".ipynb":
+        return
+    images = Path(app.outdir) / "_images"
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    for output in (output for cell in cells for output in cell.get("outputs", [])):
+        drawn = output.get("metadata", {}).get("image/png", {}).get("narrow")
+        if not drawn:
+            continue
+        wide = hashlib.sha256(b64decode(output["data"]["image/png"])).hexdigest()  # as MyST-NB names it
+        images.mkdir(exist_ok=True)
+        (images / f"{wide}-narrow.png").write_bytes(b64decode(drawn))
+        context["body"] = re.sub(
+            rf'<img [^>]*src="([^"]*){wide}\.png"[^>]*>',
+            rf'<picture><source media="(max-width: 600px)" srcset="\g<1>{wide}-narrow.png">\g<0></picture>',
+            context["body"],
+        )
+
+
 def _plain_value(docstring):
     # napoleon takes what stands before a colon in the first line of a value's docstring for a type; it is text
     return "", docstring._dedent(docstring._consume_to_end())
@@ -47,4 +72,5 @@ def setup(app):
     app.connect("config-inited", _buttons)
     app.connect("builder-inited", _players)
     app.connect("html-page-context", _citations)
+    app.connect("html-page-context", _narrow)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mmu.cost import price
 from mmu.widgets.player import Player
@@ -13,13 +14,14 @@ from mmu.widgets.player import Player
 VCPUS = (1, 2, 4, 8, 16, 32, 64, 128, 254)
 WRITE_SHARES = (0.0, 0.01, 0.1, 0.5, 1.0)
 HOLDS = (0.05, 0.1, 0.2, 0.5, 1.0)
+MOST = 1024  # vCPUs of a live run
 
 
 class ContentionPlayer(Player):
     """Choose vCPUs, the share of writes and how long the lock is held; see the accesses a second with and without it.
 
     Each setting is a run of the core: ``mmu.vm`` counts the faults, :mod:`mmu.queueing` lets them wait. With a
-    kernel, other lists give other settings, computed anew. Chapter 11.
+    kernel, any other setting is one too. Chapter 11.
 
     Args:
         vcpus, write_shares, holds: what the three sliders offer, ascending; ``holds`` in µs.
@@ -32,6 +34,7 @@ class ContentionPlayer(Player):
     """
 
     module = "contention"
+    fields = (("vCPUs", 48), ("writes, %", 30), ("lock held, µs", 0.15))
 
     def __init__(
         self,
@@ -48,18 +51,11 @@ class ContentionPlayer(Player):
             if not len(values) or any(b <= a for a, b in pairwise(values)):
                 raise ValueError(f"{name} is {list(values)}; expected at least one value, each greater than the last")
         sizes = [len(values) for values in lists.values()]
-        columns = np.meshgrid(
-            np.asarray(vcpus, dtype=np.int64),
-            np.asarray(write_shares, dtype=np.float64),
-            np.asarray(holds, dtype=np.float64),
-            indexing="ij",
-        )
-        settings = [column.ravel() for column in columns]  # (setting,)
-        found = price(*settings, rng=np.random.default_rng(seed), faults=faults)
+        self._runs = {"seed": seed, "faults": faults}
+        columns = np.meshgrid(*(np.asarray(values, dtype=np.float64) for values in lists.values()), indexing="ij")
+        states = self._states(*(column.ravel() for column in columns))  # (setting,)
         first = start or tuple(size // 2 for size in sizes)
         at = int(np.ravel_multi_index(first, sizes))
-        rows = zip(*(column.tolist() for column in (*settings, *found)), strict=True)
-        states = [state(*row) for row in rows]
         super().__init__(
             alt=f"Three sliders: vCPUs ({_ends(vcpus)}), share of writes, and how long the lock is held. Two bars "
             f"compare the accesses a second under the lock and with the fast path. At first: {states[at]['said']}",
@@ -73,6 +69,26 @@ class ContentionPlayer(Player):
                 "start": at,
             },
         )
+
+    def _states(self, *settings: NDArray[np.float64]) -> list[dict[str, object]]:
+        settings = settings[0].astype(np.int64), *settings[1:]
+        found = price(*settings, rng=np.random.default_rng(self._runs["seed"]), faults=self._runs["faults"])
+        return [state(*row) for row in zip(*(column.tolist() for column in (*settings, *found)), strict=True)]
+
+    def run(self, vcpus: float, percent: float, hold: float) -> dict[str, object]:
+        """One setting, run now; writes are a percentage here.
+
+        Raises:
+            ValueError: a setting that no machine has.
+        """
+        if not (1 <= vcpus <= MOST and vcpus == int(vcpus)):
+            raise ValueError(f"vCPUs is {vcpus:g}; expected a whole number from 1 to {MOST}")
+        if not 0 <= percent <= 100:
+            raise ValueError(f"writes is {percent:g} %; expected 0 to 100")
+        if not 0 < hold <= 1000:
+            raise ValueError(f"the lock is held for {hold:g} µs; expected more than 0, and at most 1,000")
+        values = (vcpus, percent / 100, hold)
+        return {"state": self._states(*(np.array([value], dtype=np.float64) for value in values))[0]}
 
 
 def _ends(values: Sequence[int]) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import html
 import json
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -48,17 +49,39 @@ class Player(anywidget.AnyWidget):
     """A player: its ``data`` from Python, and a sentence ``alt`` that says what it shows and how it is used.
 
     Subclasses name their module below ``esm/`` and build ``data`` in ``__init__``; they are tested against the package.
+
+    A player with settings has ``fields``, each a name and a first value, and :meth:`run`. With a kernel its module asks
+    for any setting by the trait ``ask``, and ``answer`` is the run, or the ``error`` that says what is expected; on a
+    page there is no kernel, no ``live`` field, and only what is stored is offered.
     """
 
     module: ClassVar[str]
     alt = traitlets.Unicode().tag(sync=True)
     data = traitlets.Dict().tag(sync=True)
+    ask = traitlets.List(traitlets.Float()).tag(sync=True)
+    answer = traitlets.Dict().tag(sync=True)
+    fields: ClassVar[Sequence[tuple[str, float]]] = ()
+    live = traitlets.List().tag(sync=True)
 
     def __init_subclass__(cls, **options: Any) -> None:
         if "module" in cls.__dict__:  # not for the subclass that traitlets itself makes
             cls._esm = _source("kit.js") + _source(f"{cls.module}.js")
             cls._css = style()
         super().__init_subclass__(**options)
+
+    def __init__(self, **traits: Any) -> None:
+        super().__init__(**traits, live=[list(field) for field in self.fields])
+
+    def run(self, *setting: float) -> dict[str, Any]:
+        """What the player shows at a setting, a value for each of ``fields``, computed now."""
+        raise NotImplementedError(f"{type(self).__name__} has no settings")
+
+    @traitlets.observe("ask")
+    def _asked(self, change: Any) -> None:
+        try:
+            self.answer = {"ask": change.new, **self.run(*change.new)}
+        except (ValueError, TypeError) as error:
+            self.answer = {"ask": change.new, "error": str(error)}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}: {self.alt}"

@@ -24,7 +24,7 @@ from mmu.host import Backing
 from mmu.kernel import FAST_FIXED, Kernel, Masks
 from mmu.slots import LOG_DIRTY_PAGES
 from mmu.vm import FETCH, INCREMENT, READ, VCPU, WRITE, Guest, Stream, stream
-from tests.bench.walk import OPTIMISED, Row, at, check, compiled, row
+from tests.bench.walk import OPTIMISED, OURS, SAMPLE, Row, at, check, compiled, row
 
 SIZES = {1 << 10: 80.0, 1 << 16: None, 1 << 20: None, 1 << 24: 20.0}  # gfns; how many times plain Python at least
 NO_SKIP = (1 << 10, 1 << 16)  # the sizes at which whole rounds could be skipped: measured without that too
@@ -168,6 +168,54 @@ def speed_rows(library: ctypes.CDLL | None, pages: int, target: float | None, sp
         row(what, speed, OPTIMISED, peer[0] if peer else None, 0.5),
         row(what, speed, "plain Python", 1e-6 * ROUND / in_python, target),
     ]
+
+
+# --- growth ---
+
+
+def per_access(library: ctypes.CDLL | None, pages: int, count: int, vcpus: int = 1) -> list[float]:
+    """ns an access of the package, of C where it is known, and of plain Python: the log fetched after ``count``.
+
+    One gfn is never stored to, so that nothing can be skipped. The accesses are dealt to the vCPUs piece by piece.
+    """
+    guest = steady(pages)
+    slot = guest.memory.slots[0]
+    for vcpu in range(1, vcpus):
+        guest.vcpus[vcpu] = VCPU(vcpu)
+    accesses = list(pieces(np.random.default_rng(pages), pages - 1, count))
+    plain = InPython(guest)
+    few = [(part.op[:SAMPLE].tolist(), part.gva[:SAMPLE].tolist()) for part in accesses[:1]]
+    share = sum(len(ops) for ops, _ in few) / count
+
+    def ours() -> None:
+        for place in range(0, len(accesses), vcpus):
+            for vcpu, part in enumerate(accesses[place : place + vcpus]):
+                guest.drive(vcpu, [part])
+        guest.get_dirty_log(slot)
+
+    sides: list[tuple[Callable[[], Any], float]] = [(ours, 1.0)]
+    if library is not None:
+        twin = InC(library, guest)
+        sides.append((lambda: twin.round(accesses), 1.0))
+    sides.append((lambda: [plain.drive(*part) for part in few], share))
+    times = [statistics.median([seconds(run) for _ in range(RUNS + 1)][1:]) / part for run, part in sides]
+    return [1e9 * taken / count for taken in times]
+
+
+def growth() -> dict[str, dict[str, Any]]:
+    """What an access costs by how many there are, by the guest's size and by its vCPUs; each panel varies one."""
+    library = compiled("-O2", beside=__file__)
+    names = [OURS, *([OPTIMISED] if library is not None else []), "plain Python"]
+    panels = []
+    for x, fixed, values, setting in (
+        ("accesses", "2^16 gfns", [10**3, 10**4, 10**5, 10**6, 10**7], lambda count: (1 << 16, count, 1)),
+        ("gfns", "10^7 accesses", [1 << bits for bits in range(10, 25, 2)], lambda pages: (pages, ROUND, 1)),
+        ("vCPUs", "2^16 gfns,\n10^7 accesses", [1 << bits for bits in range(7)], lambda n: (1 << 16, ROUND, n)),
+    ):
+        table = [(value, per_access(library, *setting(value))) for value in values]
+        lines = {name: [(value, found[i]) for value, found in table] for i, name in enumerate(names)}
+        panels.append({"x": x, "y": f"ns an access, {fixed}", "lines": lines})
+    return {"guest": {"panels": panels, "marks": {}}}
 
 
 # --- memory ---

@@ -17,13 +17,13 @@ import numpy as np
 from mmu import formats, nested, paging, tables
 
 ACCESSES, PAGES = 10_000_000, 1_000_000
-SIZES = (1_000, 10_000, 100_000, 1_000_000, 10_000_000)  # of tables, in pages
+SIZES = (1_000, 3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000, 10_000_000)  # of tables, in pages
 SAMPLE = 50_000  # plain Python is timed on as many and scaled: all of them would take it a minute and more
 RUNS = 5
 START = 0x7F00_0000_0000
 MAXPHYADDR = 46
-OPTIMISED, TUNED = "C at -O2", "C at -O3 -march=native"
-Row = dict[str, Any]
+OURS, OPTIMISED, TUNED = "the package", "C at -O2", "C at -O3 -march=native"
+Row = Chart = dict[str, Any]
 
 
 class Cpu(ctypes.Structure):
@@ -336,27 +336,26 @@ def caches() -> dict[str, int]:
     return sizes
 
 
-def size_rows(fast: ctypes.CDLL | None) -> list[Row]:
+def growth() -> dict[str, Chart]:
     """What a bare walk costs by the size of the table: its lowest level is the first that leaves a cache."""
-    rows, known = [], caches()
+    fast, mine, theirs = compiled("-O2"), [], []
     for pages in SIZES:
-        machine, room = Machine(pages, ACCESSES // 5), pages * 8
+        machine = Machine(pages, ACCESSES // 5)
         count = machine.addresses.size
-        fits = [f" in {level} of {size >> 10:,} kB" for level, size in known.items() if room <= size]
-        what = f"bare walk, {pages:,} pages, leaves of {room >> 10:,} kB" + (fits[0] if fits else "")
         sides = [(lambda machine=machine: machine.ours(False), count)]
         if fast is not None:
             check(machine.same_as_c(fast, False), "walks")
             sides.append((lambda machine=machine: machine.in_c(fast, False), count))
-        speeds = alternate(count, *sides)
-        rows.append(row(what, speeds[0], OPTIMISED, speeds[1] if fast is not None else None, None))
-    return rows
+        for line, speed in zip((mine, theirs), alternate(count, *sides), strict=False):
+            line.append((pages, 1000 / speed))
+    panel = {"x": "pages in the table", "y": "ns for an address", "lines": {OURS: mine, OPTIMISED: theirs}}
+    return {"walk": {"panels": [panel], "marks": {level: size / 8 for level, size in caches().items()}}}
 
 
 def rows() -> list[Row]:
     """All rows, fault codes first; a ratio is of speeds, so that C in 1.5 times our time is a ratio of 0.67."""
     fast, tuned = compiled("-O2"), compiled("-O3", "-march=native")
-    return [*code_rows(fast, tuned), *walk_rows(fast), *nested_rows(), *size_rows(fast)]
+    return [*code_rows(fast, tuned), *walk_rows(fast), *nested_rows()]
 
 
 if __name__ == "__main__":

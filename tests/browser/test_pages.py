@@ -71,3 +71,19 @@ def test_pictures_state_their_finding(name):
     for image in article.find_all("img"):
         text = image.get("alt", "")
         assert re.search(r"\d", text) and len(text.split()) > 4 and "/" not in text.split()[0], text
+
+
+@pytest.mark.parametrize("name", [name for name in PAGES if re.search(r"/\d\d-", name)])
+def test_a_phone_gets_narrow_pictures(visit, name):
+    """Below 600 pixels each picture of a chapter is its narrow drawing at nearly its own size, above none is."""
+    for width, narrow in ((390, True), (1200, False)):
+        page = visit(width=width).open(name)
+        found = page.locator("article .cell_output img")
+        for number in range(found.count()):
+            found.nth(number).scroll_into_view_if_needed()
+            found.nth(number).evaluate("image => image.decode()")
+            source, shown, drawn = found.nth(number).evaluate(
+                "image => [image.currentSrc, image.getBoundingClientRect().width, image.naturalWidth]"
+            )
+            assert source.endswith("-narrow.png") == narrow, source
+            assert not narrow or (drawn == 720 and shown > 320), (source, shown, drawn)

@@ -5,12 +5,12 @@ function render({ model, el }) {
   const split = (at) => [Math.floor(at / (sizes[1] * sizes[2])), Math.floor(at / sizes[2]) % sizes[1], at % sizes[2]];
   const join = ([a, b, c]) => (a * sizes[1] + b) * sizes[2] + c;
   const move = (which, to) => {
-    const place = split(state.value);
+    const place = split(at);
     place[which] = Math.max(0, Math.min(sizes[which] - 1, to));
     state.set(join(place));
   };
-  const step = (which, by) => move(which, split(state.value)[which] + by);
-  const turn = (which) => move(which, (split(state.value)[which] + 1) % sizes[which]);
+  const step = (which, by) => move(which, split(at)[which] + by);
+  const turn = (which) => move(which, (split(at)[which] + 1) % sizes[which]);
 
   const inputs = sliders.map((slider, i) => h("input", {
     type: "range", min: 0, max: sizes[i] - 1, step: 1, "aria-label": slider.name,
@@ -30,8 +30,10 @@ function render({ model, el }) {
   const spoken = h("p", { class: "mmu-state", role: "status", "aria-live": "polite" });
   const undo = h("button", { type: "button", onclick: () => state.undo() }, "Undo");
 
-  const draw = (at) => {
-    const here = states[at], place = split(at);
+  let at = start; // where the sliders stand
+  const draw = (value) => { // the number of a stored run, or a run that the kernel made
+    if (typeof value === "number") at = value;
+    const here = typeof value === "number" ? states[value] : value, place = split(at);
     inputs.forEach((input, i) => {
       input.value = String(place[i]);
       input.setAttribute("aria-valuetext", sliders[i].values[place[i]]);
@@ -52,6 +54,7 @@ function render({ model, el }) {
     h("div", { class: "mmu-sliders" }, sliders.map((slider, i) =>
       h("label", { class: "mmu-slider" }, h("span", {}, `${slider.name} (${slider.key})`), inputs[i], shown[i]))),
     h("div", { class: "mmu-bars-of-two", "aria-hidden": "true" }, bars.map((bar) => bar.row)), spoken,
+    live(model, (answer) => state.set(answer.state)) ?? "",
     h("div", { class: "mmu-controls" }, undo,
       h("button", { type: "button", onclick: () => state.reset() }, "Reset"),
       h("span", { class: "mmu-keys" }, "Click or Tab here, then: ← → vCPUs, W writes, ↑ ↓ lock held, U undo, R reset")));

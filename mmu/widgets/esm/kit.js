@@ -42,3 +42,30 @@ const history = (start, draw) => {
   };
   return state;
 };
+
+// With a kernel: one number for each setting and a button that has the package run it; `shown(answer)` draws the run.
+// On a page there is no kernel and nothing here.
+const live = (model, shown) => {
+  const fields = model.get("live") ?? [];
+  if (!fields.length) return null;
+  const inputs = fields.map(([, value]) => h("input", { type: "number", step: "any", value }));
+  const said = h("span", { class: "mmu-live-said", role: "status" });
+  const show = () => {
+    const answer = model.get("answer");
+    said.textContent = answer.error ?? "";
+    if (!answer.error) shown(answer);
+  };
+  model.on("change:answer", show);
+  return h("form", {
+    class: "mmu-live",
+    onsubmit: (event) => {
+      event.preventDefault();
+      const ask = inputs.map((input) => Number(input.value));
+      if (String(ask) === String(model.get("ask"))) return show(); // answered already
+      said.textContent = "running …";
+      model.set("ask", ask);
+      model.save_changes();
+    },
+  }, h("span", {}, "Any other setting:"), fields.map(([name], i) => h("label", {}, name, inputs[i])),
+  h("button", { type: "submit" }, "Run"), said);
+};

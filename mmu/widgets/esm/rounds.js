@@ -1,16 +1,16 @@
 // The rounds player: one setting of up to three choices, and for it the faults of each round on each machine, sorted by kind.
 // Every number and sentence is a run of mmu.rounds; this module only picks and draws.
 function render({ model, el }) {
-  const { by, choices, kinds, machines, most, runs } = model.get("data");
+  const data = model.get("data"), { by, choices, machines, most, runs } = data;
   const sizes = choices.map((choice) => choice.values.length);
   const place = (at) => at.reduce((sum, value, i) => sum * sizes[i] + value, 0);
   const parse = (text) => text.split(",").map(Number);
   const change = (which, by, wrap = false) => {
-    const at = parse(state.value), next = at[which] + by;
+    const at = parse(chosen), next = at[which] + by;
     at[which] = wrap ? (next + sizes[which]) % sizes[which] : Math.max(0, Math.min(sizes[which] - 1, next));
     state.set(at.join());
   };
-  const pick = (which, value) => { const at = parse(state.value); at[which] = value; state.set(at.join()); };
+  const pick = (which, value) => { const at = parse(chosen); at[which] = value; state.set(at.join()); };
 
   const swatch = ({ name, pattern }, fast, style, n) => h("span",
     { class: "mmu-part", "data-pattern": fast ? "fast" : pattern, style, title: n && `${name}: ${n}` });
@@ -24,9 +24,17 @@ function render({ model, el }) {
   });
   const undo = h("button", { type: "button", onclick: () => state.undo() }, "Undo");
 
-  const draw = (value) => {
-    const at = parse(value), run = runs[place(at)];
-    groups.forEach((group, which) => group.forEach((button, i) => button.setAttribute("aria-pressed", String(at[which] === i))));
+  const legend = h("ul", { class: "mmu-legend" });
+  let chosen; // where the buttons stand
+  const draw = (value) => { // the choices of a stored run, or a run that the kernel made
+    const stored = typeof value === "string";
+    if (stored) chosen = value;
+    const at = parse(chosen), { run, kinds } = stored ? { run: runs[place(at)], kinds: data.kinds } : value;
+    groups.forEach((group, which) => group.forEach((button, i) =>
+      button.setAttribute("aria-pressed", String(stored && at[which] === i))));
+    legend.replaceChildren(...kinds.flatMap((kind) => [
+      kind.fast && h("li", {}, swatch(kind, true), ` ${kind.name}, repaired without the lock`),
+      kind.slow && h("li", {}, swatch(kind, false), ` ${kind.name}${kind.fast ? ", under the lock" : ""}`)]).filter(Boolean));
     panels.forEach(({ body }, m) => {
       const { rounds, dirty, written } = run.machines[m];
       body.replaceChildren(...rounds.map((row, i) => {
@@ -48,10 +56,9 @@ function render({ model, el }) {
     ...choices.map((choice, which) => choice.values.length < 2 ? null : h("div", { class: "mmu-tabs", role: "group", "aria-label": choice.name },
       h("span", { class: "mmu-tab-name" }, choice.name), groups[which])).filter(Boolean),
     h("div", { class: "mmu-panels" }, panels.map((panel) => panel.box)),
-    h("ul", { class: "mmu-legend" }, kinds.flatMap((kind) => [
-      kind.fast ? h("li", {}, swatch(kind, true), ` ${kind.name}, repaired without the lock`) : null,
-      kind.slow ? h("li", {}, swatch(kind, false), ` ${kind.name}${kind.fast ? ", under the lock" : ""}`) : null])),
+    legend,
     spoken,
+    live(model, (answer) => state.set(answer)) ?? "",
     h("div", { class: "mmu-controls" },
       h("button", { type: "button", onclick: () => change(0, -1), "aria-label": "Read the log more often" }, "◀"),
       h("button", { type: "button", onclick: () => change(0, 1), "aria-label": "Read the log less often" }, "▶"),
