@@ -453,16 +453,15 @@ class Guest:
     def _interrupted(self, cpu: VCPU, fault: Bools, user: Bools, leaves: Bools) -> Bools:
         """Accesses that end in a #PF or an interrupt whose delivery would fault as things stand ``# (access,)``."""
         ends = fault | leaves
-        if cpu.number in self.delivery and ends.any():
-            for lower in (False, True):
-                path = self.delivery[cpu.number].path(lower)
-                if self._shadowed(cpu):
-                    cold = self.shadow.faults_now(cpu, path)
-                else:
-                    cold = self.direct.faults_now(self._touches(path, self._walk(cpu, path)))
-                if cold.any():
-                    return ends & (user | (not lower))
-        return np.zeros(ends.shape, dtype=np.bool)
+        if cpu.number not in self.delivery or not ends.any():
+            return np.zeros(ends.shape, dtype=np.bool)
+        path = self.delivery[cpu.number].path(True)
+        if self._shadowed(cpu):
+            cold = np.flatnonzero(self.shadow.faults_now(cpu, path))
+        else:
+            touches = self._touches(path, self._walk(cpu, path))
+            cold = touches.access[self.direct.faults_now(touches)]
+        return ends & (cold.size > 0) & (user | bool((cold != Delivery._fields.index("task")).any()))
 
     def _deliver(
         self, cpu: VCPU, user: bool, leaves: bool, settled: Settled, access: int, parts: list[NDArray[np.void]],
@@ -479,7 +478,8 @@ class Guest:
         walks = self._walk(cpu, path)
         more = self.shadow.settle(cpu, path, walks) if self._shadowed(cpu) else self._settle(cpu, path, walks)
         self._log(cpu)
-        again = np.full(fault * len(more.faults), np.array((access, settled.code[-1]), dtype=AGAIN))
+        again = np.zeros(fault * len(more.faults), dtype=AGAIN)
+        again["access"], again["code"] = access, settled.code[-1]
         result.reinjected = np.concatenate([result.reinjected, again])
         more.faults["access"] = access
         parts.append(more.faults)
