@@ -424,25 +424,35 @@ class Fills:
         return any(base <= gpa // PAGE < base + pages for gpa in self.calls)
 
     def _find(self, scene: Scenario) -> None:
-        phase, readonly = 0, []
+        phase, known, readonly = 0, set(), []
+        fills: list[tuple[int, int, int]] = []  # (place, first gfn, pages)
         for place, event in enumerate(scene.events):
             if isinstance(event, Memslot):
-                if event.size and prefaulted(scene, event):
-                    self._note(place, place, event.gpa // PAGE, event.size // PAGE)
+                if event.size and event.hva not in known and prefaulted(scene, event):
+                    fills.append((place, event.gpa // PAGE, event.size // PAGE))
+                known.add(event.hva)
                 readonly = [m for m in readonly if m.slot != event.slot]
                 readonly += [event] if event.flags & scenario.READONLY and event.size else []
             elif isinstance(event, Phase):
                 phase = place
                 if "host_writes" in event.name:  # the client rewrites what the guest may only read
-                    for slot in readonly:
-                        self._note(place, place, slot.gpa // PAGE, slot.size // PAGE)
+                    fills += [(place, slot.gpa // PAGE, slot.size // PAGE) for slot in readonly]
             elif isinstance(event, Host) and "MADV_MERGEABLE" in event.what:
                 # KSM merges equal pages: the client made them equal when the phase began.
-                self._note(phase, phase, event.gpa // PAGE, event.length // PAGE)
+                fills.append((phase, event.gpa // PAGE, event.length // PAGE))
+        for number, (place, first, count) in enumerate(fills):
+            here = self._after(place, first, count)
+            for later in fills[number + 1 :]:
+                here &= ~self._after(*later)
+            self._note(place, first, count, here)
 
-    def _note(self, place: int, since: int, first: int, count: int) -> None:
+    def _after(self, place: int, first: int, count: int) -> NDArray[np.bool]:
+        """The accesses to gfns from a place on."""
+        page = self._gpa // PAGE
+        return (self._place > place) & (page >= first) & (page < first + count)
+
+    def _note(self, place: int, first: int, count: int, here: NDArray[np.bool]) -> None:
         """A fill of gfns at a place; its byte is what the first read there finds, if no store came before."""
-        here = (self._place > since) & (self._gpa // PAGE >= first) & (self._gpa // PAGE < first + count)
         word, op, result = self._gpa[here] // 8, self._op[here], self._result[here]
         if not word.size:
             return

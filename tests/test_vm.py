@@ -474,3 +474,23 @@ def test_a_page_fault_is_injected_again_for_each_page_missing_on_its_way(nested,
     mine = [error for _, error, reinjected in said.injected if reinjected and error == int(code, 16)]
     assert len(mine) == again
     assert all(item.agrees for item in said.values if item.kind != "value")
+
+
+def test_what_the_client_filled_last_is_not_what_it_filled_first() -> None:
+    """A slot's bytes are those that its first reads find, but where pages were made equal for KSM later on."""
+    slot = {"t": "memslot", "slot": 1, "gpa": "0x1000000", "size": "0x10000", "flags": 0, "hva": "0x7f0000000000",
+            "backing": "anon prefaulted NOHUGEPAGE", "ns": 0, "ns_end": 1}  # fmt: skip
+    merged = {"t": "host", "what": "madvise(MADV_MERGEABLE), ksm run=1 for 1.5s", "gpa": "0x1002000", "len": "0x4000"}
+    rows = [["R", "0x1003080", "0x0", "0x5a5a5a5a", None], ["R", "0x1009080", "0x0", "0x77777777", None]]
+    text = json.dumps(
+        {
+            "kernel": "6.1.0", "params": {"kvm_amd.npt": "Y"},
+            "events": [
+                slot, {"t": "vcpu", "vcpu": 0, "gmode": "flat32", "cr0": "0x33", "cr3": "0", "cr4": "0", "efer": "0"},
+                {"t": "phase", "name": "", "ns": 2}, merged | {"ns": 3},
+                {"t": "run", "vcpu": 0, "phase": "", "ns": 4, "ns_end": 5, "accesses": rows},
+            ],
+        }
+    )  # fmt: skip
+    said = play.predict(scenario.parse(text))
+    assert len(said.values) == 2 and all(item.agrees for item in said.values)
