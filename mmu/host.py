@@ -244,18 +244,20 @@ class Backing:
     def merge(self, first: int, count: int) -> Pages:
         """KSM: pages of equal bytes become one shared, read-only page; returns the pages that the notifier named.
 
-        Without ``bytes`` every own page in the range counts as equal.
+        It looks at all that was ever made mergeable, so a page that a store took out may go in again. Without
+        ``bytes`` all pages count as equal.
         """
         said = [np.zeros(0, dtype=np.int64)]
         for start, end in self._vmas(first, first + count):
-            low, high = max(start, first), min(end, first + count)
-            said += [self._cut(low, start, end), self._cut(high, low, end)]
+            if not self.mapping[start] & MERGEABLE:
+                low, high = max(start, first), min(end, first + count)
+                said += [self._cut(low, start, end), self._cut(high, low, end)]
         self.mapping[first : first + count] |= MERGEABLE
-        page = np.arange(first, first + count, dtype=np.int64)
-        page = page[(self.state[page] & PRESENT != 0) & (self.state[page] & ZERO == 0)]
+        page = np.flatnonzero((self.mapping & MERGEABLE != 0) & (self.state & PRESENT != 0) & (self.state & ZERO == 0))
         if self.bytes is not None and page.size:
             _, kind, size = np.unique(self.bytes[page], axis=0, return_inverse=True, return_counts=True)
             page = page[size[kind.ravel()] > 1]
+        page = page[self.state[page] & (COPIED | EXCLUSIVE) != COPIED]  # the others are merged already
         self.state[page] = PRESENT | COPIED
         return np.unique(np.concatenate([*said, page]))
 

@@ -174,3 +174,14 @@ def test_pages_outside_the_range_fault_again_after_a_cut(tdp_mmu: bool) -> None:
     assert touch(machine, *pages) == ["slow"] * 64
     machine.unmapped(ram, ram.protect(100, 1, int(READ)))
     assert touch(machine, *pages) == ["slow"] * 64
+
+
+def test_ksm_looks_again_at_what_was_made_mergeable_before() -> None:
+    """A store takes a page out; once its bytes are those of a merged page again, the next pass of KSM takes it back."""
+    ram = prefaulted(8, content=True)
+    assert told(ram.merge(0, 4)) == (0, 4)
+    assert serve(ram, 1, store=True) == (True, True, False)
+    assert serve(ram, 2, store=True) == (True, True, False)
+    ram.bytes[2] = 7
+    assert ram.merge(4, 2).tolist() == [1, 4, 5]
+    assert ram.writable(np.arange(8)).tolist() == [False, False, True, False, False, False, True, True]
