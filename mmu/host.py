@@ -11,7 +11,8 @@ arrays of pages. Every action returns the pages that the notifier named. Chapter
 Facts: Linux 6.1 ``mm/memory.c`` (``do_anonymous_page``, ``do_wp_page``), ``mm/huge_memory.c``
 (``do_huge_pmd_wp_page``, ``copy_huge_pmd``, ``__split_huge_pmd``, ``vma_adjust_trans_huge``), ``mm/mmap.c``
 (``__split_vma``, ``vma_merge``), ``mm/mprotect.c`` (``can_change_pte_writable``) and ``virt/kvm/kvm_main.c``
-(``hva_to_pfn``); each rule shows in the recorded scenarios.
+(``hva_to_pfn``); each rule shows in the recorded scenarios. Not modelled: in 6.1 a store also copies a page that a
+per-CPU batch of ``mm/swap.c`` holds a reference to (inferred); what waits there follows from all that the CPU touched.
 """
 
 from __future__ import annotations
