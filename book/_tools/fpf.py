@@ -60,10 +60,10 @@ def _narrow(app, page, template, context, doctree):
 
 
 def _names(app, page, template, context, doctree):
-    """Let a long kernel name break at its underscores, and nowhere else."""
+    """Let a long name break at its underscores and dots, and nowhere else."""
     if page.endswith(("/kernel-names", "/my-guest")):
         literal = r'(?<=<span class="pre">)[^<]*(?=</span>)'
-        context["body"] = re.sub(literal, lambda name: name[0].replace("_", "_<wbr>"), context["body"])
+        context["body"] = re.sub(literal, lambda name: re.sub(r"([_.])(?=\w)", r"\1<wbr>", name[0]), context["body"])
 
 
 def _plain_value(docstring):
