@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 SOURCES := _config.yml _toc.yml $(shell find book mmu -type f -not -path '*/__pycache__/*' -not -path '*/.ipynb_checkpoints/*')
 CHAPTERS := $(sort $(wildcard book/*.ipynb))
 
-.PHONY: book test site bench measure wheel lab chapters text fold lint clean
+.PHONY: book test site bench measure wheel lab chapters text fold capture lint clean
 
 book: _build/html/index.html
 	@echo "The book is built. Open: file://$(CURDIR)/_build/html/index.html"
@@ -49,6 +49,11 @@ text: $(READY)
 
 fold: $(READY)
 	$(BIN)/python book/_tools/chapters.py fold $(CHAPTERS) $(patsubst _build/text/%.md,book/%.ipynb,$(wildcard _build/text/*.md))
+
+# Record a real KVM under software emulation, and hold it against its prediction: CONFIG, SCENARIOS, KERNEL, SEED, OUT.
+capture: $(READY)
+	$(BIN)/python capture/capture.py --check $(foreach option,CONFIG SCENARIOS KERNEL SEED OUT,\
+	  $(if $($(option)),--$(shell echo $(option) | tr A-Z a-z) "$($(option))"))
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

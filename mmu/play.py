@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmu import scenario
+from mmu import pfec, scenario
 from mmu.host import PAGE, READ, WRITE, Backing
 from mmu.kernel import FAULT, INJECTED, Kernel
 from mmu.scenario import (
@@ -242,6 +242,10 @@ class Player:
         )  # fmt: skip
         device = [value for _, _, way, value in run.mmio_exits if way == "R"]
         result = self.guest.run(run.vcpu, accesses, device)
+        if self.scene.reserved_without_p:
+            _drop_p(result.faults["code"])
+            if self.out.kernel.nested_paging:  # else KVM's own walk makes the guest's error code
+                _drop_p(result.code)
         full = self.guest.full_rings
         for event in self.full:
             self._ring(event, full.pop(0) if full else None)
@@ -435,6 +439,11 @@ class Fills:
         if earliest.size:
             byte = int(result[earliest[0]]) >> 8 & 0xFF  # the lowest may be a return instruction
             self.at.setdefault(place, []).append((first, count, byte))
+
+
+def _drop_p(code: NDArray[np.uint64]) -> None:
+    """Clear P in error codes that have RSVD, in place."""
+    code[code & pfec.RSVD != 0] &= ~pfec.P
 
 
 def _hex(bitmap: NDArray[np.bool]) -> str:

@@ -452,7 +452,7 @@ def program(model: str = "one-shot", variant: str = "seed", vcpus: int = 3) -> P
     (1, 1)
 
     Raises:
-        ValueError: no such model or variant, or too few vCPUs for it, or more than :data:`MOST_VCPUS`.
+        ValueError: no such model or variant, or too few vCPUs for it, or more than ``MOST_VCPUS``.
     """
     body, chosen = text(model, variant, vcpus), MODELS[model]
     marks, most = chosen.variants[variant].marks, chosen.roles[0]

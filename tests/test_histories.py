@@ -18,7 +18,7 @@ STORM = DATA / "public-traces" / "01-nested-ept-spurious-2024-09-09.txt"
 CHANGED = "kvm_tdp_mmu_spte_changed: as id {} gfn {:x} level {} old_spte {:x} new_spte {:x}\n"
 FAST = "fast_page_fault: vcpu 1 gva {:x} error_code P|W|U sptep {:016x} old {:#x} new {:x} spurious 0 fixed 1\n"
 SET = "kvm_mmu_set_spte: gfn {:x} spte {:x} (rwxu) level {} at {:x}\n"
-BASE = 0xFFFF888000000000
+BASE, LARGE = 0xFFFF888000000000, 1 << 7
 
 
 def answer(text, layout="6.1-npt", **limits):
@@ -46,7 +46,8 @@ def read_plainly(text):
             by_spte[gfn, level].append((number, old, new))
         elif match := re.search(r"fast_page_fault: vcpu \d gva (\w+) .* sptep (\w+) old 0x(\w+) new (\w+)", line):
             sptep = int(match[2], 16)
-            key = (int(match[1], 16) >> 12, 1) if tdp_mmu else sptep - BASE
+            gfn, level = int(match[1], 16) >> 12, 2 if int(match[3], 16) & LARGE else 1
+            key = (gfn >> 9 * (level - 1) << 9 * (level - 1), level) if tdp_mmu else sptep - BASE
             by_spte[key].append((number, int(match[3], 16), int(match[4], 16)))
         elif match := re.search(r"kvm_mmu_set_spte: gfn (\w+) spte (\w+) .* level (\d) at (\w+)", line):
             if last != (int(match[1], 16), int(match[3])):
