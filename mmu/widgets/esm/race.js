@@ -228,7 +228,7 @@ function render({ model, el }) {
     h("details", { class: "mmu-program" }, h("summary", {}, "The program, with comments"),
       h("pre", { tabindex: 0, "aria-label": "The program" }, game.program),
       // a notebook has no such page beside it
-      window.MMU_PLAYERS ? h("p", {}, h("a", { class: "mmu-link", href: "06-store-buffers.html#race-language" }, "How to read its lines")) : null));
+      window.MMU_PLAYERS ? h("p", {}, h("a", { href: "06-store-buffers.html#race-language" }, "How to read its lines")) : null));
   el.tabIndex = 0;
   el.setAttribute("role", "group");
   el.setAttribute("aria-label", `${game.title}: race game`);
