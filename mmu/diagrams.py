@@ -222,6 +222,9 @@ def id_growth(layout: str = "2012-ept", widest: int = 12) -> Picture:
                 axes.add_patch(
                     Rectangle((63 - bit + 0.08, row + 0.12), 0.84, 0.76, hatch="////" if used else "", **box)
                 )
+                if low <= bit < 52:  # address, on a CPU that has so many bits of it
+                    light = {"facecolor": "none", "edgecolor": PAPER, "linewidth": 0, "hatch": "///"}
+                    axes.add_patch(Rectangle((63 - bit + 0.08, row + 0.12), 0.84, 0.76, **light))
             text = (
                 "" if not row else f"{usable[row + 3]:,} ids" + (f", {clash[row + 3]} lost" if clash[row + 3] else "")
             )
@@ -238,5 +241,6 @@ def id_growth(layout: str = "2012-ept", widest: int = 12) -> Picture:
     return Picture(
         figure,
         f"From bit {low} up the field has {usable[7]} ids with 7 bits, {usable[8]} with 8 ({clash[8]} would read as "
-        f"MMIO), {usable[9]} with 9 ({clash[9]} would). Below bit {low} is the page frame number.",
+        f"MMIO), {usable[9]} with 9 ({clash[9]} would). Below bit {low} is the page frame number, "
+        "and on a CPU with 52 address bits it goes on to bit 51.",
     )

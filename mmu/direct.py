@@ -56,7 +56,7 @@ from mmu.update import make_mmio, make_spte
 _FINAL, _WALK = np.uint64(PFEC.mask("GUEST_FINAL")), np.uint64(PFEC.mask("GUEST_PAGE"))
 OPEN = CAN_READ | CAN_WRITE | CAN_FETCH
 SCAN = 1 << 12  # pages looked at together in the search for one that is not open
-HUGE, GROUP = 9, 3  # how far gfns are shifted to number 2M blocks, and groups of eight
+HUGE, GROUP, WHOLE = 9, 3, 52  # how far gfns are shifted to number 2M blocks, groups of eight, whole slots
 TABLE = np.uint64(1)  # in ``DirectMMU.blocks``: a table of 4K sptes stands below
 
 
@@ -116,6 +116,10 @@ class DirectMMU:
         )
         return np.where(slot == HOLE, np.int64(-1), table[slot] + gfn // HUGE_PAGES)
 
+    def _gfn(self, slot: NDArray[np.int16], index: Index) -> Index:
+        """The gfns of pages that lie in slots."""
+        return index - self.memory.property_of(slot, "first") + self.memory.property_of(slot, "base")
+
     def _pages_of(self, slot: NDArray[np.int16], gfn: Index) -> Index:
         """The indices of all pages in each gfn's block ``# (gfn, 512)``; the block must lie wholly in its slot."""
         table = np.array([s.first - s.base for s in self.memory.slots] + [0], dtype=np.int64)
@@ -147,7 +151,7 @@ class DirectMMU:
     @property
     def has_huge(self) -> bool:
         """Some slot is mapped by large sptes, or could be."""
-        return bool((self._units()[0] == HUGE).any())
+        return bool((self._units()[0] >= HUGE).any())
 
     def repair(self, slot: NDArray[np.int16], index: Index, op: NDArray[np.uint8], denied: Index) -> tuple[int, Index]:
         """Serve at once what the fast path repairs among denied accesses; return how many faults it was, and the rest.
@@ -173,7 +177,7 @@ class DirectMMU:
 
     def may_fault(self, touches: Touches) -> Bools:
         """The same, and those that are let through now but lie in a huge page, which may go with all it maps."""
-        return self.faults_now(touches) | (self._units()[0][touches.slot] == HUGE)
+        return self.faults_now(touches) | (self._units()[0][touches.slot] >= HUGE)
 
     def settle(self, vcpu: int, touches: Touches) -> tuple[NDArray[np.void], Bools]:
         """Let touches happen; return their faults in order, and which touches ended in emulation ``# (touch,)``."""
@@ -214,7 +218,10 @@ class DirectMMU:
             first = self._block_of[slot.first]
             count = (slot.base + slot.pages - 1) // HUGE_PAGES - slot.base // HUGE_PAGES + 1
             large = slot.backing.huge or bool((self.blocks[first : first + count] & self.bits.large).any())
-            width = HUGE if large else GROUP if self.prefetches else 0
+            skew = slot.base - slot.offset - slot.backing.ahead
+            width = GROUP if self.prefetches else 0
+            if large:
+                width = WHOLE if skew % HUGE_PAGES else HUGE  # the host's blocks lie across the guest's
             shift.append(width)
             start.append(total - (slot.base >> width))
             total += ((slot.base + slot.pages - 1) >> width) - (slot.base >> width) + 1
@@ -277,16 +284,13 @@ class DirectMMU:
     ) -> None:
         """The slow path: ask the host for the page, choose the level, install the spte, prefetch around it."""
         bits, memory = self.bits, self.memory
-        whole = memory.host_property(t.slot, t.index, "mapped_huge")
         answer = memory.ask_host(t.slot, t.index, t.write)
         readonly = memory.property_of(t.slot, "readonly").astype(np.bool)
         writable = answer.writable & ~readonly
         self._zap(t.slot[answer.notified], t.index[answer.notified], gfn[answer.notified])
-        broken = (
-            answer.notified & whole & self._may_be_huge(t.slot, gfn)
-        )  # to copy one page the host splits its huge one
-        pages = self._pages_of(t.slot[broken], gfn[broken])
-        self.sptes[pages], self.rights[pages] = 0, 0
+        if answer.split.any():
+            slot, index = memory.same_block(t.slot[answer.split], t.index[answer.split])
+            self._zap(slot, index, self._gfn(slot, index))
         record["path"][where[answer.notified]], record["ret"][where[answer.notified]] = RETRY, RET_RETRY
         record["path"][where[answer.failed]], record["ret"][where[answer.failed]] = FAILED, RET_NONE
 
@@ -452,10 +456,9 @@ class DirectMMU:
             self.rights[self._pages_of(slot[large], gfn[large])] = 0
             self.blocks[block[large]] = 0
 
-    def zap(self, slot: Slot, first: int, count: int) -> None:
-        """The mmu notifier's unmap of pages ``first`` to ``first + count - 1`` of a slot."""
-        page = np.arange(first, first + count, dtype=np.int64)
-        position = np.full(count, self.memory.slots.index(slot), dtype=np.int16)
+    def zap(self, slot: Slot, page: Index) -> None:
+        """The mmu notifier's unmap of some pages of a slot."""
+        position = np.full(page.shape, self.memory.slots.index(slot), dtype=np.int16)
         self._zap(position, slot.first + page, slot.base + page)
 
     def zap_all(self) -> None:

@@ -2,8 +2,9 @@
 
 A trace does not say which access of the scenario a line belongs to. Its exits do, in order: a page walk names the
 address that it is for, INVLPG, CR3 and CR0 writes have exits of their own, and an access is over once its #PF is
-injected or KVM has emulated it. :func:`follow` lays these marks along the accesses, each at the first access that it
-can be for and no earlier than the mark before it.
+injected or KVM has emulated it. Under nested paging CR3 and CR0 writes have none; there the nested fault of an
+emulated access names the guest-physical address that this is for. :func:`follow` lays these marks along the accesses,
+each at the first access that it can be for and no earlier than the mark before it.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmu import scenario
-from mmu.scenario import Scenario, Vcpu
+from mmu.paging import CODE_F, CODE_W
+from mmu.scenario import Gmap, Scenario, Vcpu
 
 Trace = Mapping[str, NDArray[Any]]  # event name to structured array, as mmu.trace.read gives it
 
-# What a mark is: a page walk for a read, a write or a fetch; a control operation's exit; how the exit goes on.
-READS, WRITES, FETCHES, INVLPG, CR3, CR0, EMULATED, INJECTED, RESUMED = range(9)
+# What a mark is: a page walk for a read, a write or a fetch; a control operation's exit; how the exit goes on; that an
+# access at CPL 3 is over.
+READS, WRITES, FETCHES, INVLPG, CR3, CR0, EMULATED, INJECTED, RESUMED, LEFT = range(10)
 MARK = np.dtype([(name, np.int64) for name in ("line", "ns", "pid", "kind")] + [("address", np.uint64)])
 
 CLOCK_GRAIN = 999  # ns: a trace prints microseconds
@@ -34,6 +37,7 @@ _SHOWN_BY = {
     scenario.CR3: (CR3,),
     scenario.CR0: (CR0,),
 }
+PHYSICAL = np.uint64(1 << 63)  # in a mark's address: it is guest-physical
 _EXITS = {INVLPG: [b"invlpg"], CR3: [b"write_cr3"], CR0: [b"write_cr0", b"cr0_sel_write"]}
 
 
@@ -100,14 +104,51 @@ def marks(trace: Trace) -> NDArray[Any]:
     exits, entries, injections = trace["kvm_exit"], trace["kvm_entry"], trace["kvm_inj_exception"]
     injections = injections[(injections["exception"] == b"#PF") & (injections["reinjected"] == 0)]
     groups = [(exits[np.isin(exits["reason"], reasons)], kind) for kind, reasons in _EXITS.items()]
-    out = []
-    for events, kind in [*groups, (trace["kvm_emulate_insn"], EMULATED), (injections, INJECTED), (entries, RESUMED)]:
-        part = np.zeros(len(events), dtype=MARK)
-        part["kind"] = kind
-        for name in ("line", "ns", "pid"):
-            part[name] = events[name]
-        out.append(part)
-    return np.concatenate(out)
+    groups += [(trace["kvm_emulate_insn"], EMULATED), (injections, INJECTED), (entries, RESUMED)]
+    groups.append((departures(trace)[1], LEFT))
+    return np.concatenate([_as_marks(*group) for group in groups])
+
+
+def emulated_faults(trace: Trace) -> NDArray[Any]:
+    """The nested page faults after which KVM emulated an instruction, as marks; a MARK array."""
+    faults, emulations, entries = (trace[name] for name in ("kvm_page_fault", "kvm_emulate_insn", "kvm_entry"))
+    kind = np.repeat(np.arange(3, dtype=np.int64), [len(faults), len(emulations), len(entries)])
+    line, pid = (np.concatenate([part[name] for part in (faults, emulations, entries)]) for name in ("line", "pid"))
+    order = np.lexsort((line, pid))
+    first, then = order[:-1], order[1:]
+    faults = faults[first[(kind[first] == 0) & (kind[then] == 1) & (pid[first] == pid[then])]]
+    write, fetch = (faults["error_code"] & bit != 0 for bit in (CODE_W, CODE_F))
+    return _as_marks(faults, np.where(fetch, FETCHES, np.where(write, WRITES, READS)), faults["address"] | PHYSICAL)
+
+
+def departures(trace: Trace) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The exits within the delivery of a software interrupt, by which a guest leaves CPL 3, and the first of each run.
+
+    The CPU begins the delivery anew after each, so those that follow with the same ``rip`` belong to the first.
+    """
+    exits = trace["kvm_exit"]
+    exits = exits[exits["reason"] != b"interrupt"]
+    exits = exits[np.lexsort((exits["line"], exits["pid"]))]
+    soft = exits["intr_info"] & np.uint64(0x80000700) == np.uint64(0x80000400)
+    same = (exits["rip"][1:] == exits["rip"][:-1]) & (exits["pid"][1:] == exits["pid"][:-1])
+    again = np.append(False, soft[:-1] & same)
+    return exits[soft], exits[soft & ~again]
+
+
+def _within(trace: Trace, exits: NDArray[Any], marks: NDArray[Any]) -> NDArray[np.bool]:
+    """Which marks lie between one of these exits and the task's next entry  # (mark,)."""
+    every = exits, trace["kvm_entry"], marks
+    opens, shuts, asked = (part["pid"].astype(np.int64) << 40 | part["line"] for part in every)
+    begun, over = (np.append(-1, np.sort(keys))[np.searchsorted(np.sort(keys), asked)] for keys in (opens, shuts))
+    return (begun > over) & (begun >> 40 == marks["pid"])
+
+
+def _as_marks(events: NDArray[Any], kind: Any, address: Any = 0) -> NDArray[Any]:
+    out = np.zeros(len(events), dtype=MARK)
+    out["kind"], out["address"] = kind, address
+    for name in ("line", "ns", "pid"):
+        out[name] = events[name]
+    return out
 
 
 def follow(trace: Trace, scene: Scenario, walks: NDArray[Any]) -> list[Places]:
@@ -115,13 +156,17 @@ def follow(trace: Trace, scene: Scenario, walks: NDArray[Any]) -> list[Places]:
 
     A walk for an address that no access is for (the guest's own code, its stack) stands at the access under way.
     """
-    every = np.concatenate([walks, marks(trace)])
+    mapped = [event for event in scene.of(Gmap) if scene.nested_paging]
+    walks = walks.copy()
+    # Within the delivery KVM fetches the instruction that interrupts: no access at that address is under way.
+    walks["address"][_within(trace, departures(trace)[0], walks)] |= PHYSICAL
+    every = np.concatenate([walks, marks(trace), *[emulated_faults(trace)] * scene.nested_paging])
     order = np.argsort(every["line"], kind="stable")
     every, vcpu = every[order], vcpu_of(trace, every["pid"], every["line"])[order]
     out = []
     for number, steps in accesses(scene).items():
         mine = np.flatnonzero(vcpu == number)
-        place = _lay(steps, every[mine])
+        place = _lay(_Candidates(steps, every[mine], mapped), every[mine])
         last = np.searchsorted(place, np.arange(steps.op.size, dtype=np.int64), side="right")
         after = np.append(0, every["line"][mine])[last]
         asked = order[mine] < walks.size
@@ -129,23 +174,24 @@ def follow(trace: Trace, scene: Scenario, walks: NDArray[Any]) -> list[Places]:
     return out
 
 
-def _lay(steps: Accesses, seen: NDArray[Any]) -> NDArray[np.int64]:
+def _lay(candidates: _Candidates, seen: NDArray[Any]) -> NDArray[np.int64]:
     """The access under way at each of one vCPU's marks, never falling from mark to mark  # (mark,)."""
+    steps = candidates.steps
     run = np.searchsorted(steps.ns, seen["ns"] + CLOCK_GRAIN, side="right")  # runs begun by then
     begin, end = steps.first[np.maximum(run - 1, 0)], steps.first[run]
     kind = seen["kind"]
     control = (kind >= INVLPG) & (kind <= CR0)
     entered = np.append(-1, _latest(kind == RESUMED)[:-1])  # the entry after which a mark's exit came
     walk, emulation = _latest(kind <= FETCHES), _latest(kind == EMULATED)
-    candidates, place = _Candidates(steps, seen), begin
+    place = begin
     while True:
         floor = np.maximum(begin, np.append(0, place[:-1]))
         found = candidates.at_or_after(floor)
-        hit = found < end
+        hit = (found < end) | (kind == LEFT) & (found == end)
         laid = np.where(hit, found, floor)
         over = np.where(kind == INJECTED, walk, _latest(hit))  # the mark whose access may be over here
         is_over = (kind == INJECTED) | ((kind == RESUMED) & (control[over] | (emulation > entered)))
-        is_over &= (over > entered) & hit[over]
+        is_over &= (over > entered) & hit[over] & (kind[over] != LEFT)
         laid = np.maximum.accumulate(np.where(is_over, np.maximum(laid, laid[over] + 1), laid))
         if (laid <= place).all():
             return place
@@ -157,19 +203,38 @@ def _latest(what: NDArray[np.bool]) -> NDArray[np.int64]:
     return np.maximum.accumulate(np.where(what, np.arange(what.size, dtype=np.int64), -1))
 
 
-class _Candidates:
-    """Which accesses a mark can be for: those at its address that show themselves by its kind."""
+def _mapped_to(gva: NDArray[np.uint64], mapped: list[Gmap]) -> NDArray[np.uint64]:
+    """Where the host's entries map virtual addresses; an address that none maps stands for itself."""
+    out = gva.copy()
+    for event in mapped:
+        inside = (gva >= np.uint64(event.gva)) & (gva < np.uint64(event.gva + event.pages * scenario.PAGE))
+        out[inside] = gva[inside] - np.uint64(event.gva) + np.uint64(event.gpa)
+    return out
 
-    def __init__(self, steps: Accesses, seen: NDArray[Any]) -> None:
+
+class _Candidates:
+    """Which accesses a mark can be for: those at its address that show themselves by its kind.
+
+    Where the host's entries map an access is where it is guest-physically, unless the guest has changed them.
+    """
+
+    def __init__(self, steps: Accesses, seen: NDArray[Any], mapped: list[Gmap]) -> None:
+        self.steps = steps
         here = np.arange(steps.op.size, dtype=np.int64)
         of_op = [here[steps.op == op] for op, kinds in _SHOWN_BY.items() for _ in kinds]  # one array a pair
         every = np.array([kind for kinds in _SHOWN_BY.values() for kind in kinds], dtype=np.int64)
         kinds = np.repeat(every, [part.size for part in of_op])
         access = np.concatenate(of_op)
         address = np.where(kinds <= FETCHES, steps.gva[access], np.uint64(0))  # control exits do not tell theirs
+        touches = np.flatnonzero(kinds <= FETCHES)
+        physical = _mapped_to(address[touches], mapped) | PHYSICAL
+        left = np.flatnonzero(steps.user)
+        kinds = np.concatenate([kinds, kinds[touches], np.full(left.shape, LEFT, dtype=np.int64)])
+        access = np.concatenate([access, access[touches], left + 1])  # what comes after the access at CPL 3
+        address = np.concatenate([address, physical, np.zeros(left.shape, dtype=np.uint64)])
         _, ids = np.unique(np.append(address, seen["address"]), return_inverse=True)
         self.span = steps.op.size + 1
-        keys = ids.astype(np.int64) * (RESUMED + 1) + np.append(kinds, seen["kind"])
+        keys = ids.astype(np.int64) * (LEFT + 1) + np.append(kinds, seen["kind"])
         self.sorted = np.append(np.sort(keys[: access.size] * self.span + access), np.iinfo(np.int64).max)
         self.wanted = keys[access.size :] * self.span  # (mark,)
 

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmu import pfec, scenario
-from mmu.host import PAGE, READ, WRITE, Backing
+from mmu import host, paging, pfec, scenario
+from mmu.host import HUGE_PAGES, PAGE, Backing
 from mmu.kernel import FAULT, INJECTED, Kernel
 from mmu.scenario import (
     DirtyClear,
@@ -35,13 +35,14 @@ from mmu.scenario import (
     Vcpu,
 )
 from mmu.slots import Slot
-from mmu.vm import CR0, CR3, FETCH, VCPU, Guest, stream
+from mmu.vm import CR0, CR3, FETCH, READ, VCPU, WRITE, Delivery, Guest, Stream, stream
 
 CAP_MANUAL_DIRTY_LOG_PROTECT2, CAP_DIRTY_LOG_RING, CAP_DIRTY_LOG_RING_ACQ_REL = 168, 192, 223
 RING_ENTRY = 16  # bytes
 
 CODE = 0x1080  # the client's loop in the guest
-DELIVERY = ((0x3000, False), (0x2008, False), (0x7FF8, True))  # its IDT, GDT and stack
+GATES, DESCRIPTORS, TASK, STACK = 0x3000, 0x2000, 0x4000, 0x8000  # its IDT, GDT, task state segment; its stack's top
+STUB = 0xA000  # its code at CPL 3, which ends in a software interrupt, where no gmap line of its own memory allows U
 VECTOR_PF = 14
 RETURN = 0xC3  # the instruction that a called page holds
 SIMPLIFIED = (6, 3)  # the first release whose shadow MMU and TDP MMU follow the rules of 6.12
@@ -133,12 +134,15 @@ class Player:
         self.backings: dict[int, Backing] = {}  # by host address
         self.faults: list[NDArray[np.void]] = [self.out.faults]
         self.epochs: list[NDArray[np.int64]] = [self.out.epoch]
-        self.child = False  # a forked child is alive
+        self.child = False  # a forked child is alive, and no event will say that it exits
         self.full: list[DirtyRing] = []  # harvests of full rings, to happen within the next run
         self.runs = 0
         self.tables = scenario.table_writes(scene)
         self.fills = Fills(scene)
         self.huge = {event.hva for event in scene.of(Memslot) if "MADV_HUGEPAGE" in event.backing}
+        own = next((event.size for event in scene.of(Memslot) if event.slot == 0), 0)
+        stubs = [event.gva for event in scene.of(Gmap) if event.flags & int(paging.U) and event.gpa < own]
+        self.stub = next(iter(stubs), STUB)
         self.do = {
             Memslot: self.memslot, EnableCap: self.enable, Gmap: self.gmap, Vcpu: self.vcpu, Phase: self.phase,
             Run: self.run, DirtyGet: self.dirty_get, DirtyClear: self.dirty_clear, DirtyRing: self.dirty_ring,
@@ -170,12 +174,13 @@ class Player:
         if slot:
             self.guest.remove_slot(slot)  # moved: KVM deletes it first
         if event.hva not in self.backings:
-            huge = event.hva in self.huge
             most = max(other.size for other in self.scene.of(Memslot) if other.hva == event.hva) // PAGE
-            backing = Backing(most, huge=huge and event.hva % (512 * PAGE) == 0, content=True)
+            backing = Backing(
+                most, huge=event.hva in self.huge, content=True, ahead=event.hva // PAGE % HUGE_PAGES,
+                upgrades=self.out.kernel.release == "6.12",
+            )  # fmt: skip
             self.backings[event.hva] = backing
-            said = "prefaulted" in event.backing and "not prefaulted" not in event.backing
-            if said or huge or self.fills.called(base, pages):
+            if prefaulted(self.scene, event) or self.fills.called(base, pages):
                 backing.populate()
         slot = self.guest.add_slot(event.slot, base, pages, event.flags, self.backings[event.hva])
         self.fill(place, slot)
@@ -187,7 +192,7 @@ class Player:
                 low, high = max(first, target.base), min(first + count, target.base + target.pages)
                 if low < high:
                     start = low - target.base + target.offset
-                    target.backing.populate(start, high - low)
+                    self.guest.unmapped(target.backing, target.backing.populate(start, high - low))
                     target.backing.bytes[start : start + high - low] = byte
         if slot:
             for gpa in self.fills.calls:
@@ -218,8 +223,9 @@ class Player:
         cpu = VCPU(event.vcpu, event.cr0, event.cr3, event.cr4, event.efer)
         self.guest.vcpus[event.vcpu] = cpu
         if cpu.format is not None:
-            (gate, store), *rest = DELIVERY
-            self.guest.delivery = ((gate + VECTOR_PF * 2 * cpu.width, store), *rest)
+            self.guest.delivery[event.vcpu] = Delivery(
+                GATES + VECTOR_PF * 2 * cpu.width, DESCRIPTORS + 8, TASK + 4, STACK + event.vcpu * PAGE - 8
+            )
 
     # Running ---------------------------------------------------------------------------------------------------------
 
@@ -230,22 +236,14 @@ class Player:
                 f"vCPU {run.vcpu} runs ({run.phase}) before its registers are set; expected a vcpu event first"
             )
         self.runs += 1
-        count = len(run)
-        paged = self.guest.vcpus[run.vcpu].format is not None
-        reload = (run.op == CR0) | (run.op == CR3)
-        at = np.flatnonzero(reload) + 1 if paged else np.zeros(0, dtype=np.int64)
-        at = np.append(0, at) if paged else at  # the client fetches its code before these accesses
-        own = np.insert(np.arange(count, dtype=np.int64), at, -1)  # (access and fetch,): the access, or -1
-        accesses = stream(
-            np.insert(run.op, at, FETCH), np.insert(run.gva, at, CODE), np.insert(run.value, at, 0),
-            np.insert(run.user, at, False),
-        )  # fmt: skip
+        own, accesses = self._with_habits(run)
         device = [value for _, _, way, value in run.mmio_exits if way == "R"]
         result = self.guest.run(run.vcpu, accesses, device)
         if self.scene.reserved_without_p:
             _drop_p(result.faults["code"])
             if self.out.kernel.nested_paging:  # else KVM's own walk makes the guest's error code
                 _drop_p(result.code)
+                _drop_p(result.reinjected["code"])
         full = self.guest.full_rings
         for event in self.full:
             self._ring(event, full.pop(0) if full else None)
@@ -256,13 +254,37 @@ class Player:
         else:
             codes = faults[faults["path"] == INJECTED]
         events = [(int(f["access"]), 0, int(result.code[f["access"]]), False) for f in codes]
-        events += [(access, 1, code, True) for access, code in result.reinjected]
+        events += [(access, 1, code, True) for access, code in result.reinjected.tolist()]
         self.out.injected += [(run.vcpu, code, again) for _, _, code, again in sorted(events)]
         faults["access"] = own[faults["access"]]
         self.faults.append(faults)
         self.epochs.append(np.full(faults.shape, len(self.out.bitmaps), dtype=np.int64))
         mine = own >= 0
         self._values(run, result.value[mine], result.fault[mine], result.code[mine])
+
+    def _with_habits(self, run: Run) -> tuple[NDArray[np.int64], Stream]:
+        """A run's accesses with the client's own among them; and which access each is, -1 for the client's own."""
+        none, top = np.zeros(0, dtype=np.int64), STACK + run.vcpu * PAGE - 8
+        reload = np.append(0, np.flatnonzero((run.op == CR0) | (run.op == CR3)) + 1)
+        paged = self.guest.vcpus[run.vcpu].format is not None
+        lower = np.flatnonzero(run.user)
+        habits = (
+            (reload if paged else none, FETCH, CODE),  # it fetches its code before these accesses
+            # A call pushes its return address; so does what leads to CPL 3, by IRET, to a stub there.
+            (np.flatnonzero(run.user | (run.op == FETCH)), WRITE, top),
+            (lower, READ, DESCRIPTORS + 24),
+            (lower, FETCH, self.stub),
+        )
+        at = np.concatenate([where for where, _, _ in habits])
+        op, gva = (
+            np.repeat(np.array(values, dtype=kind), [where.size for where, _, _ in habits])
+            for kind, values in ((np.uint8, [op for _, op, _ in habits]), (np.uint64, [gva for _, _, gva in habits]))
+        )
+        own = np.insert(np.arange(len(run), dtype=np.int64), at, -1)
+        return own, stream(
+            np.insert(run.op, at, op), np.insert(run.gva, at, gva), np.insert(run.value, at, 0),
+            np.insert(run.user, at, gva == self.stub),
+        )  # fmt: skip
 
     def _shadow_paged(self, vcpu: int) -> bool:
         return not self.out.kernel.nested_paging and self.guest.vcpus[vcpu].format is not None
@@ -320,7 +342,7 @@ class Player:
     # The host --------------------------------------------------------------------------------------------------------
 
     def phase(self, _: Phase, place: int) -> None:
-        """A new phase: by then the client has reaped its child; here it may fill pages."""
+        """A new phase: by then the client has reaped its child, if no event says so; here it may fill pages."""
         if self.child:
             self._reap()
         self.fill(place)
@@ -330,7 +352,7 @@ class Player:
         for backing in self.backings.values():
             backing.child_exits()
 
-    def host(self, event: Host, _: int) -> None:
+    def host(self, event: Host, place: int) -> None:
         """An action on the host mapping, known by its words; KVM hears of it through the mmu notifier."""
         first, count = event.gpa // PAGE, event.length // PAGE
         parts = [
@@ -340,37 +362,29 @@ class Player:
             if first < slot.base + slot.pages and slot.base < first + count
         ]  # fmt: skip
         what = event.what
-        if "MADV_DONTNEED" in what:
-            for backing, start, pages in parts:
-                backing.discard(start, pages)
-        elif what.startswith("fork"):
-            parts = [(backing, 0, backing.pages) for backing in self.backings.values()]
-            for backing, _, _ in parts:
-                backing.fork()
-            self.child = True
-        elif what.startswith("child exits"):
+        if what.startswith("child exits"):
             self._reap()
-            return
-        elif what.startswith("mprotect"):
-            steps = re.findall(r"PROT_NONE|PROT_READ\|PROT_WRITE|PROT_READ|RW", what)
-            meaning = {"PROT_NONE": 0, "PROT_READ": int(READ)}
-            for backing, start, pages in parts:
-                for step in steps:
-                    backing.protect(start, pages, meaning.get(step, int(READ | WRITE)))
+        elif what.startswith("fork"):
+            later = [event.what for event in self.scene.events[place + 1 :] if isinstance(event, Host)]
+            self.child = not next((w for w in later if w.startswith(("fork", "child"))), "").startswith("child")
+            for backing in self.backings.values():
+                self.guest.unmapped(backing, backing.fork())
         elif "clear_refs" in what:
-            parts = [(backing, 0, backing.pages) for backing in self.backings.values()]
-            for backing, _, _ in parts:
-                backing.clear_refs()
+            for backing in self.backings.values():
+                self.guest.unmapped(backing, backing.clear_refs())
+        elif "MADV_DONTNEED" in what:
+            for backing, *where in parts:
+                self.guest.unmapped(backing, backing.discard(*where))
+        elif what.startswith("mprotect"):
+            meaning, both = {"PROT_NONE": 0, "PROT_READ": int(host.READ)}, int(host.READ | host.WRITE)
+            for step in re.findall(r"PROT_NONE|PROT_READ\|PROT_WRITE|PROT_READ|RW", what):
+                for backing, *where in parts:
+                    self.guest.unmapped(backing, backing.protect(*where, meaning.get(step, both)))
         elif "MADV_MERGEABLE" in what:
-            for backing, start, pages in parts:
-                backing.merge(start, pages)
-        elif "ksm stop" in what:
-            return
-        else:
+            for backing, *where in parts:
+                self.guest.unmapped(backing, backing.merge(*where))
+        elif "ksm stop" not in what:
             self.out.unexplained.append(f"host action {what!r}")
-            return
-        for backing, start, pages in parts:
-            self.guest.unmapped(backing, start, pages)
 
 
 class Fills:
@@ -410,27 +424,35 @@ class Fills:
         return any(base <= gpa // PAGE < base + pages for gpa in self.calls)
 
     def _find(self, scene: Scenario) -> None:
-        phase, readonly = 0, []
+        phase, known, readonly = 0, set(), []
+        fills: list[tuple[int, int, int]] = []  # (place, first gfn, pages)
         for place, event in enumerate(scene.events):
             if isinstance(event, Memslot):
-                said = "prefaulted" in event.backing and "not prefaulted" not in event.backing
-                huge = any(m.hva == event.hva and "MADV_HUGEPAGE" in m.backing for m in scene.of(Memslot))
-                if event.size and (said or huge):
-                    self._note(place, place, event.gpa // PAGE, event.size // PAGE)
+                if event.size and event.hva not in known and prefaulted(scene, event):
+                    fills.append((place, event.gpa // PAGE, event.size // PAGE))
+                known.add(event.hva)
                 readonly = [m for m in readonly if m.slot != event.slot]
                 readonly += [event] if event.flags & scenario.READONLY and event.size else []
             elif isinstance(event, Phase):
                 phase = place
                 if "host_writes" in event.name:  # the client rewrites what the guest may only read
-                    for slot in readonly:
-                        self._note(place, place, slot.gpa // PAGE, slot.size // PAGE)
+                    fills += [(place, slot.gpa // PAGE, slot.size // PAGE) for slot in readonly]
             elif isinstance(event, Host) and "MADV_MERGEABLE" in event.what:
                 # KSM merges equal pages: the client made them equal when the phase began.
-                self._note(phase, phase, event.gpa // PAGE, event.length // PAGE)
+                fills.append((phase, event.gpa // PAGE, event.length // PAGE))
+        for number, (place, first, count) in enumerate(fills):
+            here = self._after(place, first, count)
+            for later in fills[number + 1 :]:
+                here &= ~self._after(*later)
+            self._note(place, first, count, here)
 
-    def _note(self, place: int, since: int, first: int, count: int) -> None:
+    def _after(self, place: int, first: int, count: int) -> NDArray[np.bool]:
+        """The accesses to gfns from a place on."""
+        page = self._gpa // PAGE
+        return (self._place > place) & (page >= first) & (page < first + count)
+
+    def _note(self, place: int, first: int, count: int, here: NDArray[np.bool]) -> None:
         """A fill of gfns at a place; its byte is what the first read there finds, if no store came before."""
-        here = (self._place > since) & (self._gpa // PAGE >= first) & (self._gpa // PAGE < first + count)
         word, op, result = self._gpa[here] // 8, self._op[here], self._result[here]
         if not word.size:
             return
@@ -439,6 +461,15 @@ class Fills:
         if earliest.size:
             byte = int(result[earliest[0]]) >> 8 & 0xFF  # the lowest may be a return instruction
             self.at.setdefault(place, []).append((first, count, byte))
+
+
+def prefaulted(scene: Scenario, event: Memslot) -> bool:
+    """Whether the client wrote to all of a slot's memory before it made the slot.
+
+    What a later event says of huge pages held from the start: the first of the older recordings' texts is wrong there.
+    """
+    same = [other for other in scene.of(Memslot) if other.hva == event.hva and "MADV_HUGEPAGE" in other.backing]
+    return any("prefaulted" in m.backing and "not prefaulted" not in m.backing for m in (event, *same))
 
 
 def _drop_p(code: NDArray[np.uint64]) -> None:

@@ -119,8 +119,8 @@ def report(source: trace.Source, layout: str | None = None) -> dict[str, Any]:
         (line, cpu, events), ``layout``, ``layout_reason``, ``mmu`` (``npt``, ``ept``, ``shadow`` or None), ``faults``,
         ``fast``, ``hottest`` (page number, faults; the first ten), ``hottest_of`` (``gfn``; ``gva page`` where the
         fault address is a guest-virtual one, as under shadow paging), ``sptes`` and ``sptes_cut`` (the busiest sptes
-        with their histories, :meth:`mmu.histories.Histories.answer`), ``over_time``
-        (:meth:`mmu.timeline.Timeline.answer`), ``symptoms`` (findings of :mod:`mmu.symptoms`), ``first`` and ``last``
+        with their histories, ``mmu.histories``), ``over_time``
+        (``mmu.timeline``), ``symptoms`` (findings of ``mmu.symptoms``), ``first`` and ``last``
         (TIMESTAMP of the events in seconds), ``complete``. vCPUs of lines that named none are ``"unknown"``.
 
     Raises:

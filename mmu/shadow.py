@@ -513,7 +513,8 @@ class ShadowMMU:
     def _coupled(self, cpu: Any, walks: Walk) -> Bools:
         """Accesses whose group of eight guest entries shares a gfn with another group ``# (access,)``.
 
-        What one does to the host's page the other's prefetch would see, so all such go one after the other.
+        What one does to the host's page the other's prefetch would see, so all such go one after the other; and so do
+        those with a page that the host may replace together with its neighbours, a huge page's.
         """
         width = cpu.format.entry_bytes
         group = np.where(walks.used[:, -1], walks.entry_gpa[:, -1] & ~np.uint64(PREFETCH * width - 1), np.uint64(0))
@@ -525,6 +526,8 @@ class ShadowMMU:
         pair = np.unique(np.stack([gfn, np.repeat(names, PREFETCH)], axis=1)[gfn > 0], axis=0)
         _, first, count = np.unique(pair[:, 0], return_inverse=True, return_counts=True)
         shared = np.isin(names, pair[count[first.ravel()] > 1, 1])
+        slot, index = self.memory.locate(gfn.astype(np.int64))
+        shared |= self.memory.host_property(slot, index, "tied").reshape(-1, PREFETCH).any(axis=1)
         return shared[which.ravel()]
 
     def _scratch(self) -> Index:
@@ -624,7 +627,8 @@ class ShadowMMU:
         ask = np.flatnonzero(~tracked & ~hole & ~readonly)
         answer = memory.ask_host(slot[ask], index[ask], write[ask])
         if answer.notified.any():
-            self._clear(*np.nonzero(self._mapping(index[ask][answer.notified])))
+            _, block = memory.same_block(slot[ask][answer.split], index[ask][answer.split])
+            self._clear(*np.nonzero(self._mapping(np.append(block, index[ask][answer.notified]))))
         record["path"][at[ask[answer.notified]]], record["ret"][at[ask[answer.notified]]] = RETRY, RET_RETRY
         record["path"][at[ask[answer.failed]]], record["ret"][at[ask[answer.failed]]] = FAILED, RET_NONE
         done = np.zeros(which.shape, dtype=np.bool)
@@ -784,11 +788,10 @@ class ShadowMMU:
         if index.size and len(self.sptes):
             self.sptes[self._mapping(index)] &= ~self.bits.w
 
-    def zap(self, slot: Slot, first: int, count: int) -> None:
-        """The mmu notifier's unmap of pages ``first`` to ``first + count - 1`` of a slot."""
+    def zap(self, slot: Slot, page: Index) -> None:
+        """The mmu notifier's unmap of some pages of a slot."""
         if len(self.sptes):
-            index = np.arange(slot.first + first, slot.first + first + count, dtype=np.int64)
-            self._clear(*np.nonzero(self._mapping(index)))
+            self._clear(*np.nonzero(self._mapping(slot.first + page)))
 
 
 def _first_of(tables: Index, denied: Index, gfn: Index, none: int) -> Index:

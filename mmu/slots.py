@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmu.host import PAGE, Answer, Backing
+from mmu.host import HUGE_PAGES, PAGE, Answer, Backing
 
 Index = NDArray[np.int64]
 Bools = NDArray[np.bool]
@@ -180,15 +180,25 @@ class GuestMemory:
     def ask_host(self, position: NDArray[np.int16], index: Index, write: Bools) -> Answer:
         """Pass each request to the backing of its slot (no holes among them; each page once)."""
         answer = Answer(
-            np.zeros(index.shape, dtype=np.uint64), *(np.zeros(index.shape, dtype=np.bool) for _ in range(3))
+            np.zeros(index.shape, dtype=np.uint64), *(np.zeros(index.shape, dtype=np.bool) for _ in range(4))
         )
         for slot, mask, page in self._by_slot(position, index):
             for whole, part in zip(answer, slot.backing.fault(page, write[mask]), strict=True):
                 whole[mask] = part
         return answer
 
+    def same_block(self, position: NDArray[np.int16], index: Index) -> tuple[NDArray[np.int16], Index]:
+        """All pages of their slots that share a 2 MiB block of the host's with any of these: slots and indices."""
+        where, out = [position[:0]], [index[:0]]
+        for slot, mask, page in self._by_slot(position, index):
+            other = np.arange(slot.pages, dtype=np.int64)
+            block = (other + slot.offset + slot.backing.ahead) // HUGE_PAGES
+            out.append(slot.first + other[np.isin(block, (page + slot.backing.ahead) // HUGE_PAGES)])
+            where.append(np.full(out[-1].shape, position[mask][0], dtype=np.int16))
+        return np.concatenate(where), np.concatenate(out)
+
     def host_property(self, position: NDArray[np.int16], index: Index, name: str) -> Bools:
-        """``Backing.writable`` or ``Backing.mapped_huge`` of each page (False for a hole)."""
+        """``Backing.writable``, ``mapped_huge`` or ``tied`` of each page (False for a hole)."""
         out = np.zeros(index.shape, dtype=np.bool)
         for slot, mask, page in self._by_slot(position, index):
             out[mask] = getattr(slot.backing, name)(page)

@@ -96,6 +96,10 @@ def stream(op: ArrayLike, gva: ArrayLike, value: ArrayLike = 0, user: ArrayLike 
     return Stream(op, gva, value, np.broadcast_to(np.asarray(user, dtype=np.bool), gva.shape))
 
 
+AGAIN = np.dtype([("access", np.int64), ("code", np.uint64)])
+"""A #PF whose delivery faulted, so that KVM injected it again: of which access, its error code."""
+
+
 @dataclass
 class Result:
     """What a run did: per access ``# (access,)``, and its faults in order."""
@@ -105,7 +109,7 @@ class Result:
     code: Words  # its error code
     faults: NDArray[np.void]  # of dtype FAULT
     exits: list[tuple[int, int, bool]] = field(default_factory=list)  # MMIO: access, address, is a write
-    reinjected: list[tuple[int, int]] = field(default_factory=list)  # access, code of a #PF whose delivery faulted
+    reinjected: NDArray[np.void] = field(default_factory=lambda: np.zeros(0, dtype=AGAIN))  # #PFs injected again
 
 
 class Driven(NamedTuple):
@@ -114,6 +118,22 @@ class Driven(NamedTuple):
     accesses: int
     counts: Index
     faults: NDArray[np.void]
+
+
+class Delivery(NamedTuple):
+    """Virtual addresses of the guest's that the CPU touches to deliver an interrupt or a #PF, in this order."""
+
+    gate: int  # in the IDT: read
+    descriptor: int  # in the GDT: read
+    task: int  # the stack pointer in the task state segment: read when CPL 3 is left
+    stack: int  # written
+
+    def path(self, user: bool) -> Stream:
+        """The touches as accesses of the guest at CPL 0."""
+        gva = np.array([self.gate, self.descriptor, *[self.task] * user, self.stack], dtype=np.uint64)
+        op = np.full(gva.shape, READ, dtype=np.uint8)
+        op[-1] = WRITE
+        return stream(op, gva)
 
 
 class Guest:
@@ -131,7 +151,7 @@ class Guest:
         self.shadow = ShadowMMU(self.memory, self.kernel, self._walk)
         self.direct.on_dirty = self.shadow.on_dirty = self._dirtied
         self.full_rings: list[Index] = []  # what was harvested at full rings within runs
-        self.delivery: tuple[tuple[int, bool], ...] = ()  # (gva, is a write): what delivering a #PF touches
+        self.delivery: dict[int, Delivery] = {}  # by vCPU; an access at CPL 3 ends in a software interrupt then
         self.tables = np.zeros(0, dtype=np.bool)  # (index,) pages that guest page tables lie in
         self._marks: list[tuple[Index, NDArray[np.int16], Index]] = []
         self._device: list[int] = []
@@ -184,13 +204,14 @@ class Guest:
         self.direct.protect(index)
         self.shadow.protect(index)
 
-    def unmapped(self, backing: Backing, first: int, count: int) -> None:
+    def unmapped(self, backing: Backing, page: Index) -> None:
         """The host tells KVM that pages of a backing go or change (mmu notifier)."""
         for slot in self.memory.slots:
-            start, stop = max(first, slot.offset), min(first + count, slot.offset + slot.pages)
-            if slot.backing is backing and start < stop:
-                self.direct.zap(slot, start - slot.offset, stop - start)
-                self.shadow.zap(slot, start - slot.offset, stop - start)
+            mine = page - slot.offset
+            mine = mine[(mine >= 0) & (mine < slot.pages)]
+            if slot.backing is backing and mine.size:
+                self.direct.zap(slot, mine)
+                self.shadow.zap(slot, mine)
 
     # Running ---------------------------------------------------------------------------------------------------------
 
@@ -225,7 +246,10 @@ class Guest:
                 continue
             if not self._shadowed(cpu):
                 self._mark_tables(cpu, walks)
-            self._deliver(cpu, settled, start, parts, result)
+            if cpu.number in self.delivery:
+                user = bool(accesses.user[stop - 1])
+                leaves = user and not accesses.user[stop : stop + 1].any()
+                self._deliver(cpu, user, leaves, settled, stop - 1, parts, result)
             self._transfer(cpu, part, settled, start, result)
             if stop == start + 1:
                 self._order(cpu, int(accesses.op[start]), int(accesses.gva[start]))
@@ -312,6 +336,8 @@ class Guest:
         ordering = (part.op >= INVLPG) | (table & store)
         looks = table & ~store & (part.op < INVLPG)  # reads of page tables see A and D: a segment of their own
         cut = ordering | (looks != looks[0])
+        leaves = accesses.user & ~np.append(accesses.user[1:], False)
+        cut[1:] |= self._interrupted(cpu, walks.fault, part.user, leaves[start : start + part.gva.size])[:-1]
         cut[0] = False
         first = np.flatnonzero(cut)
         stop = 1 if ordering[0] else int(first[0]) if first.size else part.gva.size
@@ -424,23 +450,39 @@ class Guest:
         if changed.any():
             self.memory.set_bits(walks.entry_gpa[changed], walks.after[changed], cpu.format.entry_bytes)
 
-    def _deliver(self, cpu: VCPU, settled: Settled, start: int, parts: list[NDArray[np.void]], result: Result) -> None:
-        """The CPU delivers a #PF through memory of its own, which may fault in turn: the #PF is then injected again.
+    def _interrupted(self, cpu: VCPU, fault: Bools, user: Bools, leaves: Bools) -> Bools:
+        """Accesses that end in a #PF or an interrupt whose delivery would fault as things stand ``# (access,)``."""
+        ends = fault | leaves
+        if cpu.number not in self.delivery or not ends.any():
+            return np.zeros(ends.shape, dtype=np.bool)
+        path = self.delivery[cpu.number].path(True)
+        if self._shadowed(cpu):
+            cold = np.flatnonzero(self.shadow.faults_now(cpu, path))
+        else:
+            touches = self._touches(path, self._walk(cpu, path))
+            cold = touches.access[self.direct.faults_now(touches)]
+        return ends & (cold.size > 0) & (user | bool((cold != Delivery._fields.index("task")).any()))
 
-        Only the first #PF of a segment can meet missing pages there.
+    def _deliver(
+        self, cpu: VCPU, user: bool, leaves: bool, settled: Settled, access: int, parts: list[NDArray[np.void]],
+        result: Result,
+    ) -> None:  # fmt: skip
+        """The CPU delivers a #PF, or the interrupt by which CPL 3 is left, through memory that may fault in turn.
+
+        Only a segment's last access can meet missing pages there. After such a fault KVM injects a #PF again.
         """
-        if not (self.delivery and settled.fault.any()):
+        fault = bool(settled.fault[-1])
+        if not (fault or leaves):
             return
-        access = int(np.flatnonzero(settled.fault)[0])
-        gva, write = zip(*self.delivery, strict=True)
-        path = stream(np.where(write, WRITE, READ), np.array(gva, dtype=np.uint64))
+        path = self.delivery[cpu.number].path(user)
         walks = self._walk(cpu, path)
         more = self.shadow.settle(cpu, path, walks) if self._shadowed(cpu) else self._settle(cpu, path, walks)
         self._log(cpu)
-        result.reinjected += [(start + access, int(settled.code[access]))] * len(more.faults)
-        more.faults["access"] = start + access
-        before = np.searchsorted(parts[-1]["access"], start + access, side="right")
-        parts[-1] = np.concatenate([parts[-1][:before], more.faults, parts[-1][before:]])
+        again = np.zeros(fault * len(more.faults), dtype=AGAIN)
+        again["access"], again["code"] = access, settled.code[-1]
+        result.reinjected = np.concatenate([result.reinjected, again])
+        more.faults["access"] = access
+        parts.append(more.faults)
 
     def _dirtied(self, order: Index, slot: NDArray[np.int16], index: Index) -> None:
         self._marks.append((order, slot, index))

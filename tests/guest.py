@@ -17,8 +17,8 @@ FIELDS = {
     "kvm_mmu_paging_element": [("pte", np.uint64), ("level", np.int64)],
     "kvm_mmu_walker_error": [("pferr", np.uint64)],
     "kvm_entry": [("vcpu", np.int64)],
-    "kvm_exit": [("vcpu", np.int64), ("reason", "S48")],
-    "kvm_page_fault": [("vcpu", np.int64)],
+    "kvm_exit": [("vcpu", np.int64), ("reason", "S48"), ("rip", np.uint64), ("intr_info", np.uint64)],
+    "kvm_page_fault": [("vcpu", np.int64), ("address", np.uint64), ("error_code", np.uint64)],
     "kvm_inj_exception": [("exception", "S8"), ("reinjected", np.int64)],
     "kvm_emulate_insn": [],
 }
@@ -128,7 +128,7 @@ class Guest:
         code, after = plain.access(entries, **self.rule, **options)
         printed, emulated = code is not None or self.dice.random() < 0.5, self.dice.random() < 0.2
         if printed:
-            self.emit("kvm_exit", 0, b"PF excp")
+            self.emit("kvm_exit", 0, b"PF excp", 0, 0)
             self.walk(gva, slots, code, after, write=options["write"], user=user, fetch=options["fetch"])
             if code is not None:
                 self.emit("kvm_inj_exception", b"#PF", 0)
@@ -149,7 +149,7 @@ class Guest:
 
     def control(self, op, value):
         reason = {"INVLPG": b"invlpg", "CR3": b"write_cr3", "CR0": self.dice.choice([b"write_cr0", b"cr0_sel_write"])}
-        self.emit("kvm_exit", 0, reason[op])
+        self.emit("kvm_exit", 0, reason[op], 0, 0)
         self.fetch()
         self.emit("kvm_emulate_insn")
         if op == "CR3":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from mmu import host
 from mmu.host import Backing
 from mmu.kernel import Kernel
 from mmu.vm import CR0, CR3, FETCH, INCREMENT, INVLPG, READ, VCPU, WRITE, Guest, Stream, stream
@@ -38,7 +39,8 @@ class Machine:
         low = Backing(512, content=True)
         low.populate()
         guest.add_slot(0, LOW, 512, 0, low)
-        self.ram = Backing(1024 if self.huge else 64, huge=self.huge, content=True)
+        upgrades = self.kernel.release == "6.12"
+        self.ram = Backing(1024 if self.huge else 64, huge=self.huge, content=True, upgrades=upgrades)
         if self.huge:
             self.ram.populate()
         guest.add_slot(1, RAM, self.ram.pages, 0, self.ram)
@@ -114,13 +116,16 @@ class Machine:
                 guest.get_dirty_log(slot)
             case 3:
                 first = int(rng.integers(self.ram.pages - 4))
-                self.ram.discard(first, 4)
-                guest.unmapped(self.ram, first, 4)
+                where = (0, 512) if self.huge and rng.integers(2) else (first, 4)
+                guest.unmapped(self.ram, self.ram.discard(*where))
             case 4:
-                self.ram.fork()
-                guest.unmapped(self.ram, 0, self.ram.pages)
+                guest.unmapped(self.ram, self.ram.fork())
             case 5:
                 self.ram.child_exits()
             case 6:
-                self.ram.clear_refs()
-                guest.unmapped(self.ram, 0, self.ram.pages)
+                guest.unmapped(self.ram, self.ram.clear_refs())
+            case 7:
+                first = int(rng.integers(63))
+                count = int(rng.integers(1, self.ram.pages - first))
+                for protection in (0, int(host.READ | host.WRITE)):
+                    guest.unmapped(self.ram, self.ram.protect(first, count, protection))

@@ -40,7 +40,7 @@ SHARED = Program(SEED, [["fault"], ["protect"], ["fault"]], marks=[1, 1, 1])
             Program(edit(RULE, {"A0": "flag0 = 1\nAB  smp_mb"}), TWO),
             "TSO",
             "1 1 1 0 0d 0 0 0",
-            {"0 0d 0 0 0 1 1": "move 2 went", "0 1 0 1 0 1 0": "waits at AB", "0 0d 1 1d 0 0 1": "move 2 went"},
+            {"0 0d 0 0 0 1 1": "After move 2 (", "0 1 0 1 0 1 0": "waits at AB", "0 0d 1 1d 0 0 1": "After move 2 ("},
         ),
         (
             Program(PLAN, ROLES),
@@ -48,8 +48,8 @@ SHARED = Program(SEED, [["fault"], ["protect"], ["fault"]], marks=[1, 1, 1])
             "0 0 1 1 1d 1 1 0 1 1d",
             {
                 "0 0 1 1 1 1 0 1": "waits at W2",
-                "1 1 1d 1 1 1 1d 0 0": "move 3 went",
-                "0 0 1 1 1d 1 1 0 1": "it is 1 more away",
+                "1 1 1d 1 1 1 1d 0 0": "After move 3 (",
+                "0 0 1 1 1d 1 1 0 1": "it is still 1 move away",
             },
         ),
         (
@@ -57,34 +57,34 @@ SHARED = Program(SEED, [["fault"], ["protect"], ["fault"]], marks=[1, 1, 1])
             "SC",
             "0 0 0 0 1 1 1 1 0 1",
             {
-                "0 0 0 0 0 1 1 1 1 1": "move 5 went",
-                "1 1 1 1 1 0 0 0 0": "move 2 went",
-                "0 0 1 1 1 1 0 0": "move 4 went",
+                "0 0 0 0 0 1 1 1 1 1": "After move 5 (",
+                "1 1 1 1 1 0 0 0 0": "After move 2 (",
+                "0 0 1 1 1 1 0 0": "After move 4 (",
             },
         ),
         (
             Program(LATER, ROLES),
             "SC",
             "0 0 1 1 1 1 0 0 1",
-            {"0 0 0 1 1 1 1 1 1": "move 3 went", "1 1 1 1 1 0 0": "move 2 went"},
+            {"0 0 0 1 1 1 1 1 1": "After move 3 (", "1 1 1 1 1 0 0": "After move 2 ("},
         ),
         (
             SHARED,
             "SC",
             "0 0 0 0  1 1 1 1 1 1  2 2  0",
-            {"0 0 0 0  1 1 1 1 1 1  0": "move 11 went", "0 0 0 0  1 1  2 2  1 1 1 1  0": "move 8 went"},
+            {"0 0 0 0  1 1 1 1 1 1  0": "After move 11 (", "0 0 0 0  1 1  2 2  1 1 1 1  0": "After move 8 ("},
         ),
         (
             protocols.program("one-shot", "cmpxchg-shared-id", 3),
             "SC",
             "0 0 0 0 2 2 2 2 2 1 1 0 2",
-            {"0 0 0 0 1 2 2 2 2 2 1 0 2": "move 5 went", "0 1 0 1 0 0 2 2 2 2 2 0": "move 4 went"},
+            {"0 0 0 0 1 2 2 2 2 2 1 0 2": "After move 5 (", "0 1 0 1 0 0 2 2 2 2 2 0": "After move 4 ("},
         ),
         (
             protocols.program("one-shot", "wrapped-id", 3),
             "TSO",
             "0 0 0d 0 0  2 2 2d 2 2 2  1 1 1d  0  2 2d",
-            {"0 0 0d 0 0 2 2 2d 2 2 2 1 1 0 2 2d": "move 14 went"},
+            {"0 0 0d 0 0 2 2 2d 2 2 2 1 1 0 2 2d": "After move 14 ("},
         ),
         (
             protocols.program("merged", "no-cmpxchg", 2),
@@ -95,7 +95,7 @@ SHARED = Program(SEED, [["fault"], ["protect"], ["fault"]], marks=[1, 1, 1])
     ],
 )
 def test_schedules(program, memory, right, wrong):
-    """The solution's schedule is a shortest one; each wrong one is told the move that went otherwise."""
+    """The solution's schedule is a shortest one; each wrong one is told after which move OOPS is out of reach."""
     check = race.schedule(program, memory)
     assert check(right).right
     assert "no schedule is shorter" in repr(check(right))

@@ -1,6 +1,7 @@
 """mmu.places: which access a line of a trace stands at."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -25,7 +26,8 @@ def follow(story, what):
     """The place of each walk in a trace of (second, text) lines; one task a vCPU."""
     lines, task = [], 1
     for second, text in story:
-        task = int(text[-1]) + 1 if "vcpu" in text else task
+        named = re.search(r"vcpu (\d+)", text)
+        task = int(named[1]) + 1 if named else task
         lines.append(f"qemu-{task} [000] ..... {second}.000000: {text}\n")
     events = trace.read("".join(lines).encode())
     walk = events[WALK]
@@ -93,3 +95,29 @@ def test_registers_over_time():
     """A register holds what the last load before an access put there, and its first value until then."""
     steps = places.accesses(scene((0, [R, ("CR3", "0x7000"), R, ("CR3", "0x8000")])))[0]
     assert steps.register(scenario.CR3, 0x10000).tolist() == [0x10000, 0x10000, 0x7000, 0x7000, 0x8000]
+
+
+MAP = {"t": "gmap_range", "root": "0x10000", "gva": "0x7000", "gpa": "0x80007000", "n": 1, "flags": "0x63"}
+NPF = "kvm_page_fault: vcpu 0 rip 0x10b2 address 0x{:x} error_code 0x10000000{:x}"
+SOFT = "kvm_exit: vcpu 0 reason npf rip 0x{:x} info1 0x0 info2 0x0 intr_info 0x80000480 error_code 0x0"
+LOAD, DEVICE, LOWER = ("CR3", "0x20000"), ("R", "0x7008"), ("uR", "0x5000")
+
+
+@pytest.mark.parametrize(
+    ("accesses", "story", "expected"),
+    [
+        ([LOAD, DEVICE, LOAD, DEVICE], [NPF.format(0x80007008, 4), CODE, EMULATED, ENTRY], [1]),
+        ([DEVICE, LOAD, DEVICE], [NPF.format(0x80007008, 13), CODE, EMULATED, ENTRY] * 2, [0, 2]),
+        ([DEVICE, LOAD, ("W", "0x7008")], [NPF.format(0x80007008, 6), CODE, EMULATED, ENTRY], [2]),
+        ([DEVICE, LOAD, DEVICE], [NPF.format(0x80007008, 4), ENTRY, CODE], [0]),  # KVM emulated nothing there
+        ([LOAD, LOWER, LOAD], [SOFT.format(0xA003), NPF.format(0x3800, 4), CODE, EMULATED, ENTRY], [2]),
+        ([LOAD, LOWER], [*[SOFT.format(0xA003), NPF.format(0x3800, 4), CODE, EMULATED, ENTRY] * 2], [2, 2]),
+    ],
+)
+def test_nested_faults_place_the_walks_of_emulation(accesses, story, expected):
+    """CR3 loads do not exit under nested paging: the fault before an emulation, or within an interrupt, tells where."""
+    what = scene((0, accesses))
+    nested = {"kvm_amd.npt": "Y"}
+    mapped = scenario.parse(json.dumps({"events": [MAP]})).events
+    what = scenario.Scenario("", "", "", "", nested, (*mapped, *what.events))
+    assert follow([(1, line) for line in [ENTRY, *story]], what)[0] == expected

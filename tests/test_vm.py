@@ -1,6 +1,7 @@
 """The simulated guest: against plain twins, against itself one access at a time, and against what may never be."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -131,9 +132,10 @@ STEPS = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3)) | st.sampled_fr
 def test_direct_mmu_is_the_plain_page(steps: list[tuple[int, int] | str]) -> None:
     """Faults of a TDP MMU are those of a few lines of plain Python for each page, whatever the host and the log do."""
     machine = guest(4)
-    slot, pages = machine.memory.slots[0], [PlainPage() for _ in range(4)]
+    slot, pages, stored = machine.memory.slots[0], [PlainPage() for _ in range(4)], False
     for step in steps:
         if isinstance(step, tuple):
+            stored |= step[0] != READ
             result = machine.run(0, stream([step[0]], [(RAM + step[1]) << 12]))
             seen = [(bool(fault["code"] & np.uint64(1)), PATHS[fault["path"]]) for fault in result.faults]
             assert seen == pages[step[1]].access(step[0] != READ)
@@ -145,11 +147,9 @@ def test_direct_mmu_is_the_plain_page(steps: list[tuple[int, int] | str]) -> Non
         elif step == "exit":
             slot.backing.child_exits()
         elif step in ("discard", "fork", "refs"):
-            {"discard": lambda: slot.backing.discard(0, 4), "fork": slot.backing.fork, "refs": slot.backing.clear_refs}[
-                step
-            ]()
-            machine.unmapped(slot.backing, 0, 4)
-        for page in pages:
+            act, where = {"discard": ("discard", (0, 4)), "fork": ("fork", ()), "refs": ("clear_refs", ())}[step]
+            machine.unmapped(slot.backing, getattr(slot.backing, act)(*where))
+        for page in pages if step != "fork" or stored else ():  # a mapping of zero pages alone is not copied
             page.act(step)
 
 
@@ -429,3 +429,68 @@ def test_paths_and_returns_have_their_names() -> None:
     """The names that records carry numbers of are those the book uses."""
     assert list(PATHS[:7]) == NAMES and kernel.RETURNS[kernel.RET_FIXED] == "FIXED"
     assert vm.OPS == scenario.OPS
+
+
+def long_mode(accesses: list[list[str]], *, nested: bool) -> play.Prediction:
+    """A client that maps its own pages and 16 of RAM, and whose guest makes these accesses in its first run."""
+    root, ram = "0x10000", "0x1000000"
+    slots = [("0x0", "0x200000", "prefaulted"), (ram, "0x10000", "prefaulted")]
+    maps = [("0x1000", "0x1000", 15, "0x63"), ("0x10000", "0x10000", 496, "0x63"), ("0xa000", "0xa000", 1, "0x65"),
+            (ram, ram, 15, "0x67")]  # fmt: skip
+    rows = [[*row[:2], "0x0", "0x0", *(row[2:] or [None])] for row in accesses]
+    text = json.dumps(
+        {
+            "kernel": "6.1.0", "params": {"kvm_amd.npt": "Y" if nested else "N"},
+            "events": [
+                *({"t": "memslot", "slot": number, "gpa": gpa, "size": size, "flags": 0, "hva": hex(1 << 40 + number),
+                   "backing": how, "ns": 0, "ns_end": 1} for number, (gpa, size, how) in enumerate(slots)),
+                *({"t": "gmap_range", "root": root, "gva": gva, "gpa": gpa, "n": n, "flags": flags}
+                  for gva, gpa, n, flags in maps),
+                {"t": "vcpu", "vcpu": 0, "gmode": "long64", "cr0": "0x80010033", "cr3": root, "cr4": "0x20",
+                 "efer": "0xd01"},
+                {"t": "run", "vcpu": 0, "phase": "", "ns": 2, "ns_end": 3, "accesses": rows},
+            ],
+        }
+    )  # fmt: skip
+    return play.predict(scenario.parse(text))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    ("before", "user", "again"),
+    [
+        ([], "", 3),  # IDT, GDT and stack
+        ([["X", "0x1000ff0"]], "", 2),  # a call has pushed onto the stack before
+        ([], "u", 2),  # IRET to CPL 3 has used stack and GDT; IDT and the task state segment remain
+        ([["uR", "0x1000000"]], "u", 0),  # CPL 3 is left by an interrupt that goes the same way
+        ([["uR", "0x1000000"]], "", 0),
+        ([["W", "0x100f000", "0x2", "0x100f000"]], "u", 1),  # a #PF at CPL 0 needs no task state segment
+    ],
+)
+def test_a_page_fault_is_injected_again_for_each_page_missing_on_its_way(nested, before, user, again) -> None:
+    """KVM injects a #PF anew after each fault in its delivery, which touches what CPL it came from makes it touch."""
+    code = "0x6" if user else "0x2"
+    said = long_mode([*before, [f"{user}W", "0x100f000", code, "0x100f000"]], nested=nested)
+    mine = [error for _, error, reinjected in said.injected if reinjected and error == int(code, 16)]
+    assert len(mine) == again
+    assert all(item.agrees for item in said.values if item.kind != "value")
+
+
+def test_what_the_client_filled_last_is_not_what_it_filled_first() -> None:
+    """A slot's bytes are those that its first reads find, but where pages were made equal for KSM later on."""
+    slot = {"t": "memslot", "slot": 1, "gpa": "0x1000000", "size": "0x10000", "flags": 0, "hva": "0x7f0000000000",
+            "backing": "anon prefaulted NOHUGEPAGE", "ns": 0, "ns_end": 1}  # fmt: skip
+    merged = {"t": "host", "what": "madvise(MADV_MERGEABLE), ksm run=1 for 1.5s", "gpa": "0x1002000", "len": "0x4000"}
+    rows = [["R", "0x1003080", "0x0", "0x5a5a5a5a", None], ["R", "0x1009080", "0x0", "0x77777777", None]]
+    text = json.dumps(
+        {
+            "kernel": "6.1.0", "params": {"kvm_amd.npt": "Y"},
+            "events": [
+                slot, {"t": "vcpu", "vcpu": 0, "gmode": "flat32", "cr0": "0x33", "cr3": "0", "cr4": "0", "efer": "0"},
+                {"t": "phase", "name": "", "ns": 2}, merged | {"ns": 3},
+                {"t": "run", "vcpu": 0, "phase": "", "ns": 4, "ns_end": 5, "accesses": rows},
+            ],
+        }
+    )  # fmt: skip
+    said = play.predict(scenario.parse(text))
+    assert len(said.values) == 2 and all(item.agrees for item in said.values)

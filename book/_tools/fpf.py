@@ -59,6 +59,13 @@ def _narrow(app, page, template, context, doctree):
         )
 
 
+def _names(app, page, template, context, doctree):
+    """Let a long name break at its underscores and dots, and nowhere else."""
+    if page.endswith(("/kernel-names", "/my-guest")):
+        literal = r'(?<=<span class="pre">)[^<]*(?=</span>)'
+        context["body"] = re.sub(literal, lambda name: re.sub(r"([_.])(?=\w)", r"\1<wbr>", name[0]), context["body"])
+
+
 def _plain_value(docstring):
     # napoleon takes what stands before a colon in the first line of a value's docstring for a type; it is text
     return "", docstring._dedent(docstring._consume_to_end())
@@ -73,4 +80,5 @@ def setup(app):
     app.connect("builder-inited", _players)
     app.connect("html-page-context", _citations)
     app.connect("html-page-context", _narrow)
+    app.connect("html-page-context", _names)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,6 +56,7 @@ class RacePlayer(Player):
                 "actors": roles,
                 "broken": oops,
                 "invariant": program.oops.text,
+                "program": _listing(program),
                 "line": line,
                 **_graph(game),
             },
@@ -77,6 +79,17 @@ def counterexample(
     line = " ".join(move.code for move in game.shortest())
     words = {"oops": oops} if oops else {}
     return RacePlayer(program, memory, name, title, actors=actors, schedule=line, **words)
+
+
+def _listing(program: Program) -> str:
+    """The program's text with its comments, without the paths that nobody here runs."""
+    run = {f"{path}:" for paths in program.actors for path in paths}
+    kept = []
+    for block in re.split(r"\n\s*\n", program.text.strip("\n")):
+        head = re.match(r"\w+:(?=\s*(#.*)?$)", block.partition("\n")[0])
+        if not head or head[0] in run:
+            kept.append(block.rstrip())
+    return "\n\n".join(kept)
 
 
 def _graph(game: Board) -> dict[str, Any]:

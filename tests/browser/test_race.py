@@ -98,10 +98,16 @@ class Game:
         self.state = self.el.locator(".mmu-state")
         self.root.focus()
 
-    def press(self, code, shift=False):
+    def press(self, code, here=0, shift=False):
+        """A move's keys: a digit, and a letter behind it where that vCPU has the choice of a path in this state."""
         actor = code[0]
         drained = f"Shift+Digit{actor}" if shift else DRAIN[int(actor)]
         self.page.keyboard.press(drained if code.endswith("d") else actor)
+        begins = [move for move in self.board.moves[here] if f"{move.actor}" == actor and move.kind != "drain"]
+        if not code.endswith("d") and len(begins) > 1:
+            expect(self.state).to_contain_text(f"vCPU {actor} chooses: F fault, ")
+            path = self.board.machine.program.actors[int(actor)][int(code.partition(".")[2] or 0)]
+            self.page.keyboard.press({"fault": "f", "log": "l", "protect": "p", "unprotect": "n"}[path])
 
     def shown(self, path):
         """What the player must say after these moves, up to the words about the end."""
@@ -141,17 +147,20 @@ def test_any_keys_show_the_packages_state(visit, name):
     game = Game(visit, name)
     rng = random.Random(name)
     actors = len(game.board.machine.actors)
+    begun = sorted({move.code for moves in game.board.moves for move in moves if "." in move.code})
     path = []
     for _ in range(30):
-        code = rng.choice([f"{actor}{drain}" for actor in range(actors) for drain in ("", "", "d")] + ["u"])
+        code = rng.choice([f"{actor}{drain}" for actor in range(actors) for drain in ("", "", "d")] + begun + ["u"])
         here = path[-1].target if path else 0
         if code == "u":
             game.page.keyboard.press("u")
             path = path[:-1]
             game.expect(path)
             continue
-        game.press(code)
         move = next((move for move in game.board.moves[here] if move.code == code), None)
+        if "." in code and not move:
+            continue  # no such choice here
+        game.press(code, here)
         if move and not any(game.board.oops[done.target] for done in path):
             path.append(move)
             game.expect(path)
@@ -179,6 +188,37 @@ def test_the_page_walks_an_unwinnable_level(visit, name):
         f"Your browser has visited {len(game.board.states):,} states by {moves:,} moves and found OOPS in none of "
         "them. No schedule breaks this protocol."
     )
+
+
+def test_a_letter_alone_needs_no_digit_where_one_vcpu_can_begin(visit):
+    """A path's letter begins it if one vCPU can, and asks for the digit if both can."""
+    game = Game(visit, "merged")
+    game.page.keyboard.press("p")
+    expect(game.state).to_contain_text("Which vCPU is to protect? Press its digit first.")
+    path = game.board.play("0.2")
+    game.press("0.2")
+    game.expect(path)
+    game.page.keyboard.press("f")  # vCPU 0 has begun: only the other has a choice
+    game.expect(game.board.play("0.2 1"))
+
+
+@pytest.mark.parametrize("name", ["lost-dirty", "zap-rmw", "merged"])
+def test_a_program_can_be_read_beside_its_game(visit, name):
+    """Each game's program unfolds by keyboard, with its comments, and without the paths that nobody runs."""
+    game = Game(visit, name, width=390)
+    game.el.locator("summary").focus()
+    game.page.keyboard.press("Enter")
+    listing = game.el.locator(".mmu-program pre")
+    expect(listing).to_be_visible()
+    program = game.board.machine.program
+    text, run = listing.text_content(), {path for paths in program.actors for path in paths}
+    assert "#" in text
+    for path, steps in program.paths[0].items():
+        assert path in run
+        assert all(f"{step.label}" in text for step in steps)
+    assert set(re.findall(r"^(\w+):", text, re.MULTILINE)) - {"oops"} == run
+    game.page.keyboard.press("0")  # keys still play the game
+    expect(game.state).not_to_contain_text("At the start")
 
 
 def test_the_walk_judges_by_itself(visit):

@@ -53,7 +53,7 @@ function render({ model, el }) {
     h("div", { class: "mmu-controls" }, back, next, undo,
       h("button", { type: "button", onclick: () => state.reset() }, "Reset"),
       h("span", { class: "mmu-keys" }, "Click or Tab here, then: ← → step, " +
-        faults.map(({ key, name }) => `${key.toUpperCase()} the ${name}`).join(", ") + ", U undo, R reset")));
+        faults.map(({ key, name }) => `${key.toUpperCase()} ${name}`).join(", ") + ", U undo, R reset")));
   onKeys(el, {
     ArrowLeft: () => step(-1), ArrowRight: () => step(1), u: () => state.undo(), r: () => state.reset(),
     ...Object.fromEntries(faults.map(({ key }, i) => [key, () => choose(i)])),

@@ -1,6 +1,6 @@
 // The id field inside an spte: move it, widen it, read what it runs into. Verdicts come from mmu.spte.
 function render({ model, el }) {
-  const { cells, states, mmio, start } = model.get("data");
+  const { cells, states, maybe, mmio, start } = model.get("data");
   const key = (low, width) => width * 64 + low;
   const place = (value) => [value % 64, Math.floor(value / 64)];
   const move = (by, wider) => {
@@ -18,8 +18,8 @@ function render({ model, el }) {
     bits.forEach((cell, bit) => {
       const own = bit >= low && bit < low + width;
       cell.dataset.own = own ? "yes" : "no";
-      cell.dataset.used = cells[bit] ? "yes" : "no";
-      cell.lastChild.textContent = own ? (cells[bit] ? "×" : "i") : cells[bit] ? cells[bit][0] : "·";
+      cell.dataset.used = maybe.includes(bit) ? "maybe" : cells[bit] ? "yes" : "no";
+      cell.lastChild.textContent = own ? { yes: "×", maybe: "!", no: "i" }[cell.dataset.used] : cells[bit] || "·";
     });
     spoken.textContent = `${sign} ${said}`;
     grey(undo, !state.depth);
@@ -29,7 +29,7 @@ function render({ model, el }) {
   el.classList.add("mmu-idfield");
   el.append(
     h("div", { class: "mmu-ribbon", "aria-hidden": "true" }, [...bits].reverse()),
-    h("p", { class: "mmu-keys" }, "i: the id. R W X M I P H: fields in use, × where the id runs into them. Double line: bits of the MMIO mask."),
+    h("p", { class: "mmu-keys" }, "i: the id; × where it runs into a field in use. R W X rights, M memory type, I ignore PAT, S page size, H host-writable, P page frame number, a address if the CPU has that many bits. Double line: bits of the MMIO mask."),
     spoken,
     h("div", { class: "mmu-controls" }, button("◀", 1, 0, "Move up by a bit"), button("▶", -1, 0, "Move down by a bit"),
       button("wider", 0, 1, "Wider"), button("narrower", 0, -1, "Narrower"), undo,

@@ -70,10 +70,28 @@ function render({ model, el }) {
     if (waits) return `vCPU ${actor} waits until this holds: ${waits}.`;
     return buffer.length ? `vCPU ${actor} must wait until its store buffer is empty: drain it.` : `vCPU ${actor} waits for the lock.`;
   };
+  // Where a vCPU has the choice of a path, its digit asks and the path's letter answers: the first of its name that no other key has.
+  const letters = {};
+  for (const path of new Set(game.paths.filter((paths) => paths.length > 1).flat()))
+    letters[path] = [...path].find((letter) => !"urqwe".includes(letter) && !Object.values(letters).includes(letter));
+  const pathOf = (move) => game.paths[move.actor][move.code.split(".")[1] ?? 0];
+  const choices = (actor) => local(actor, now()).next.startsWith("chooses ")
+    ? movesOf(now()).filter((move) => move.actor === actor && move.kind !== "drain") : [];
+  let asked = null; // the vCPU whose digit was pressed last, if it has a choice
   const act = (actor, drain) => {
+    if (!won() && !drain && choices(actor).length > 1) {
+      draw(`vCPU ${actor} chooses: ${choices(actor).map((move) => `${letters[pathOf(move)].toUpperCase()} ${pathOf(move)}`).join(", ")}.`);
+      asked = actor;
+      return;
+    }
     const move = movesOf(now()).find((move) => move.actor === actor && (move.kind === "drain") === drain);
     if (!move) { if (actor < actors.length) draw(refused(actor, drain)); return; }
     take(move);
+  };
+  const choose = (path) => {
+    const able = actors.flatMap((_, a) => asked === null || asked === a ? choices(a) : []).filter((move) => pathOf(move) === path);
+    if (able.length === 1) take(able[0]);
+    else draw(able.length ? `Which vCPU is to ${path}? Press its digit first.` : `No vCPU can begin ${path} now.`);
   };
   const take = (move) => {
     if (won()) { draw(); return; }
@@ -138,6 +156,7 @@ function render({ model, el }) {
     h("span", { class: "mmu-told" }, h("span", { class: "mmu-who" }, `vCPU ${move.actor} `), move.say));
 
   const draw = (note) => {
+    asked = null;
     const inside = el.contains(document.activeElement);
     const state = now(), before = at > 1 ? line[at - 2].to : 0, bad = won(), dead = winnable && !bad && left[state] < 0;
     const options = movesOf(state), seen = values(state), old = values(before);
@@ -151,7 +170,7 @@ function render({ model, el }) {
       knows.textContent = known ? `remembers ${known}` : "";
       buffer.replaceChildren(...(game.memory === "TSO" ? ["store buffer: ", waiting.length ? waiting.map((entry) => h("span", { class: "mmu-entry" }, entry)) : "empty"].flat() : []));
       const steps = mine.filter((move) => move.kind !== "drain"), drain = mine.find((move) => move.kind === "drain");
-      const labels = steps.length > 1 ? steps.map((move) => [`${move.code} ${game.paths[a][move.code.split(".")[1] ?? 0]}`, move]) : [[`Step ${a}`, steps[0]]];
+      const labels = steps.length > 1 ? steps.map((move) => [`${move.code} ${pathOf(move)} (${letters[pathOf(move)].toUpperCase()})`, move]) : [[`Step ${a}`, steps[0]]];
       if (game.memory === "TSO") labels.push([`Drain ${a}`, drain]);
       box.replaceChildren(...labels.map(([label, move]) => button(label, () => move && take(move), { disabled: !move })));
       card.dataset.done = end ? "yes" : "no";
@@ -203,8 +222,13 @@ function render({ model, el }) {
     h("div", { class: "mmu-controls" }, undo, forward, again, stepBack, best, all, link,
       h("span", { class: "mmu-keys" }, `Click or Tab here, then: ${actors.map((_, a) => a).join(" ")} step that vCPU`
         + (game.memory === "TSO" ? `, ${["Q", "W", "E"].slice(0, actors.length).join(" ")} (or Shift and the digit) drain its buffer` : "")
+        + (Object.keys(letters).length ? `; where a vCPU has a choice, its digit and then ${Object.entries(letters).map(([path, letter]) => `${letter.toUpperCase()} ${path}`).join(", ")}` : "")
         + ", U or ← undo, → redo, R reset")),
-    proof);
+    proof,
+    h("details", { class: "mmu-program" }, h("summary", {}, "The program, with comments"),
+      h("pre", { tabindex: 0, "aria-label": "The program" }, game.program),
+      // a notebook has no such page beside it
+      window.MMU_PLAYERS ? h("p", {}, h("a", { href: "06-store-buffers.html#race-language" }, "How to read its lines")) : null));
   el.tabIndex = 0;
   el.setAttribute("role", "group");
   el.setAttribute("aria-label", `${game.title}: race game`);
@@ -217,7 +241,8 @@ function render({ model, el }) {
     event.preventDefault();
     event.stopImmediatePropagation();
   });
-  onKeys(el, { ...digits, ...drains, u: () => go(at - 1), ArrowLeft: () => go(at - 1), ArrowRight: () => go(at + 1), r: reset });
+  const begin = Object.fromEntries(Object.entries(letters).map(([path, letter]) => [letter, () => choose(path)]));
+  onKeys(el, { ...begin, ...digits, ...drains, u: () => go(at - 1), ArrowLeft: () => go(at - 1), ArrowRight: () => go(at + 1), r: reset });
   window.addEventListener("hashchange", follow);
   reset();
   follow();
