@@ -14,6 +14,7 @@ from mmu import spte, update
 from mmu.spte import LAYOUTS, STATES, classify
 from mmu.update import ALL, EXEC, FAST, JUDGEMENTS, TRANSITIONS, USER, WRITE
 
+LARGE = np.uint64(1 << 7)
 TRACES = sorted((Path(__file__).parent / "data" / "kvm-traces").glob("*.trace.gz"))
 SIX = ["6.1-ept", "6.1-npt", "6.12-ept", "6.12-npt"]
 P, W, U, A, D, PS, HOST, MMU, PRESENT, NX = 1, 2, 4, 32, 64, 128, 1 << 9, 1 << 10, 1 << 11, 1 << 63
@@ -130,7 +131,8 @@ def test_recorded_fast_page_faults(trace):
     write = np.array(["W" in flags.split("|") for flags in code], dtype=np.bool_)
     fetch = np.array(["F" in flags.split("|") for flags in code], dtype=np.bool_)
     old = hexadecimal(old)
-    new, outcome = update.fast_page_fault(old, write=write, fetch=fetch, layout=layout_of(trace))
+    level = np.where(old & LARGE != 0, 2, 1)  # where a huge page was looked at, its slot was logged
+    new, outcome = update.fast_page_fault(old, write=write, fetch=fetch, level=level, layout=layout_of(trace))
     assert (outcome == FAST.index("spurious")).tolist() == (spurious == "1").tolist()
     assert (outcome == FAST.index("fixed")).tolist() == (fixed == "1").tolist()
     repaired = outcome == 0
@@ -227,11 +229,12 @@ def test_recorded_sptes_of_direct_mmus_are_built(trace):
         elif event == "spte_changed":
             old[gfn, field["level"]] = int(field["old_spte"], 16)
         else:
-            word, prefetch = int(field["spte"], 16), asked[0] != gfn
+            below = (1 << 9 * (int(field["level"]) - 1)) - 1  # a fault anywhere in a huge page builds its one spte
+            word, prefetch = int(field["spte"], 16), asked[0] & ~below != gfn
             # only the TDP MMU prints the old word; elsewhere it matters where it was an MMIO spte
             before = old.pop((gfn, field["level"]), 2 if "tdp1" not in trace.name and gfn in was_mmio else 0)
             was_mmio.discard(gfn)
-            pfn = word >> 12 & (1 << 40) - 1 if prefetch else asked[1]
+            pfn = word >> 12 & (1 << 40) - 1 if prefetch else asked[1] & ~below
             rows.append((pfn, int(field["level"]), "(rw" in rest, prefetch, before, word))
     pfn, level, host, prefetch, before, word = zip(*rows, strict=True)
     built = update.make_spte(

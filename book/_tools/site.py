@@ -23,7 +23,8 @@ EPOCH = (2012, 3, 29, 9, 20, 16)  # archives carry a date; the message's makes e
 def pages():
     """The pages of the table of contents, as paths below the site."""
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
-    files = [toc["root"]] + [chapter["file"] for part in toc["parts"] for chapter in part["chapters"]]
+    below = [chapter for part in toc["parts"] for chapter in part["chapters"]]
+    files = [toc["root"]] + [entry["file"] for chapter in below for entry in (chapter, *chapter.get("sections", ()))]
     return [f"{name}.html" for name in files]
 
 
