@@ -454,7 +454,10 @@ def huge_pages(s: Script) -> None:
     steps = range(0, 1024, 64)
     s.step("I0_populate_huge", each("W", steps, 0, own))
     s.phase("I0b_fetch_huge")
-    call = lambda p: each("X", [p], 0xFF0) + each("R", [p], 0xFF0)  # noqa: E731
+
+    def call(p):
+        return each("X", [p], 0xFF0) + each("R", [p], 0xFF0)
+
     s.run("I0b_fetch_huge", over(range(0, 1024, 256), lambda p: call(p) + each("W", [p], 0xFE0, lambda _: 1)))
     s.phase("I1_enable_log")
     s.slot(1, RAM, 1024, LOG, LARGE)
