@@ -76,6 +76,7 @@ static struct {
 	{ "long64", true, true, 4, 9, 8, 0x80010033, 0x20, 0xd01 },
 	{ "pae32", true, false, 3, 9, 8, 0x80010033, 0x20, 0x800 },
 	{ "leg32", true, false, 2, 10, 4, 0x80010033, 0, 0 },
+	{ "pse32", true, false, 2, 10, 4, 0x80010033, 0x10, 0 },
 	{ "flat32", false, false, 0, 0, 0, 0x10033, 0, 0 },
 }, *mode;
 
@@ -215,8 +216,8 @@ static void put_entry(u64 gpa, u64 value)
 	memcpy(host(gpa, mode->bytes), &value, mode->bytes);
 }
 
-/* The table that holds the leaf entry of gva; table pages are taken in ascending order behind the root. */
-static u64 leaf_entry(u64 root, u64 gva)
+/* Where the entry of gva at a level lies; table pages are taken in ascending order behind the root. */
+static u64 leaf_entry(u64 root, u64 gva, int leaf)
 {
 	static struct {
 		u64 root, next;
@@ -229,7 +230,7 @@ static u64 leaf_entry(u64 root, u64 gva)
 		for (int i = 0; mode->levels == 3 && i < 4; i++, k->next += PAGE)
 			put_entry(root + 8 * i, k->next | 1);
 	}
-	for (int level = mode->levels; level > 1; level--) {
+	for (int level = mode->levels; level > leaf; level--) {
 		u64 at = table + ((gva >> (12 + mode->bits * (level - 1))) & ((1 << mode->bits) - 1)) * mode->bytes;
 		u64 entry = 0;
 		memcpy(&entry, host(at, mode->bytes), mode->bytes);
@@ -239,7 +240,7 @@ static u64 leaf_entry(u64 root, u64 gva)
 		}
 		table = entry & ~0xffful;
 	}
-	return table + ((gva >> 12) & ((1 << mode->bits) - 1)) * mode->bytes;
+	return table + ((gva >> (12 + mode->bits * (leaf - 1))) & ((1 << mode->bits) - 1)) * mode->bytes;
 }
 
 /* map ROOT GVA GPA PAGES FLAGS [NOTE...] */
@@ -249,7 +250,7 @@ static void do_map(char *line)
 	if (!mode->paging)
 		return;
 	for (u64 i = 0; i < n; i++) {
-		at = leaf_entry(root, gva + i * PAGE);
+		at = leaf_entry(root, gva + i * PAGE, 1);
 		put_entry(at, (gpa + i * PAGE) | flags);
 		first = i ? first : at;
 	}
@@ -260,6 +261,17 @@ static void do_map(char *line)
 		event("{\"t\":\"gmap_range\",\"root\":\"0x%lx\",\"gva\":\"0x%lx\",\"gpa\":\"0x%lx\",\"n\":%lu,\"flags\":\"0x%lx\","
 		      "\"first_pte_gpa\":\"0x%lx\",\"last_pte_gpa\":\"0x%lx\"}",
 		      root, gva, gpa, n, flags, first, at);
+}
+
+/* large ROOT GVA GPA PAGES FLAGS: the same by leaves of level 2; PAGES are of 4K all the same. */
+static void do_large(char *line)
+{
+	u64 root = hex(&line), gva = hex(&line), gpa = hex(&line), n = hex(&line), flags = hex(&line);
+	u64 size = PAGE << mode->bits;
+	for (u64 at = 0; at < n * PAGE; at += size)
+		put_entry(leaf_entry(root, gva + at, 2), (gpa + at) | flags);
+	event("{\"t\":\"gmap_range\",\"root\":\"0x%lx\",\"gva\":\"0x%lx\",\"gpa\":\"0x%lx\",\"n\":%lu,\"flags\":\"0x%lx\","
+	      "\"level\":2}", root, gva, gpa, n, flags);
 }
 
 static void put_gate(int vector, u64 target, int dpl)
@@ -698,7 +710,7 @@ static void do_json(char *line)
 static void do_line(char *line)
 {
 	static const struct { const char *name; void (*act)(char *); } ACTIONS[] = {
-		{ "slot", do_slot }, { "map", do_map }, { "vcpu", do_vcpu }, { "phase", do_phase }, { "go", do_go },
+		{ "slot", do_slot }, { "map", do_map }, { "large", do_large }, { "vcpu", do_vcpu }, { "phase", do_phase }, { "go", do_go },
 		{ "get", do_get }, { "clear", do_clear }, { "ring", do_ring }, { "host", do_host }, { "fill", do_fill },
 		{ "code", do_code }, { "cap", do_cap }, { "counters", do_counters }, { "json", do_json },
 	};

@@ -3,8 +3,8 @@
 A script is text, one action a line; ``client.c`` carries it out. Scenarios are lettered as the recordings are:
 A demand paging, B dirty log, C random accesses with a dirty log, D MMIO, E guest page tables, F read-only slot, G two
 vCPUs and a logging thread, G2 two vCPUs in rounds, H what the host does to its mapping, I huge pages, K dirty ring, L
-forty rounds, P1 and P3 manual protection; ``random1``, ``random2``, ... are drawn. ``-flat32``, ``-pae32`` or
-``-leg32`` behind a name is the guest's mode.
+forty rounds, M and N large pages of the guest's, P1 and P3 manual protection; ``random1``, ``random2``, ... are
+drawn. ``-flat32``, ``-pae32``, ``-leg32`` or ``-pse32`` behind a name is the guest's mode.
 
 >>> text = script("B", "npt1_tdp1", "qemu")
 >>> text.split(chr(10))[:2]
@@ -23,11 +23,12 @@ RAM, WINDOW, TABLES, ROM, DEVICE = 0x1000000, 0x40000000, 0x4000000, 0x2000000, 
 """Guest-physical places of slots 1, 2 and 3 and of the device; guest-virtual place of the second map of slot 1."""
 
 SMALL, READY, LARGE = "anon NOHUGEPAGE not prefaulted", "anon prefaulted NOHUGEPAGE", "anon MADV_HUGEPAGE prefaulted"
-MODES = {"long64": (4, 9, 8), "pae32": (3, 9, 8), "leg32": (2, 10, 4), "flat32": (0, 0, 0)}
+MODES = {"long64": (4, 9, 8), "pae32": (3, 9, 8), "leg32": (2, 10, 4), "pse32": (2, 10, 4),
+         "flat32": (0, 0, 0)}  # fmt: skip
 """Levels of the guest's tables, address bits of each, bytes of an entry."""
 
 CAP_MANUAL, CAP_RING = 168, 192
-NX, RESERVED = 1 << 63, 1 << 51
+NX, RESERVED, LARGE_LEAF = 1 << 63, 1 << 51, 1 << 7
 WP_OFF, WP_ON = 0x80000033, 0x80010033
 Access = tuple[str, int, int]
 
@@ -57,6 +58,12 @@ class Script:
         for page in range(gva >> 12, (gva >> 12) + pages) if self.levels else ():
             self.leaf(root, page << 12)
 
+    def large(self, root: int, gva: int, gpa: int, pages: int, flags: int) -> None:
+        """The same by leaves of level 2: 2 MiB each, or 4 MiB; ``pages`` are of 4K all the same."""
+        self.say("large", root, gva, gpa, pages, flags | LARGE_LEAF)
+        for page in range(0, pages, 1 << self.bits):
+            self.leaf(root, gva + page * PAGE, 2)
+
     def maps(self, root: int, *ranges: tuple[int, int, int, int]) -> None:
         """The client's own pages in slot 0, then ranges (gva, gpa, pages, flags)."""
         self.map(root, 0x1000, 0x1000, 15, 0x63)
@@ -65,12 +72,12 @@ class Script:
         for gva, gpa, pages, flags in ranges:
             self.map(root, gva, gpa, pages, flags)
 
-    def leaf(self, root: int, gva: int) -> int:
-        """Where the leaf entry of ``gva`` lies: the client takes table pages in ascending order."""
+    def leaf(self, root: int, gva: int, leaf: int = 1) -> int:
+        """Where the entry of ``gva`` at a level lies: the client takes table pages in ascending order."""
         if root not in self.free:
             self.free[root] = root + PAGE * (5 if self.levels == 3 else 1)
         table = root
-        for level in range(self.levels - 1, 0, -1):
+        for level in range(self.levels - 1, leaf - 1, -1):
             at = gva >> 12 + self.bits * level
             if self.levels == 3 and level == 2:
                 table = root + PAGE * (1 + at)
@@ -79,11 +86,14 @@ class Script:
                 self.tables[root, level, at] = self.free[root]
                 self.free[root] += PAGE
             table = self.tables[root, level, at]
-        return table + (gva >> 12 & (1 << self.bits) - 1) * self.entry
+        return table + (gva >> 12 + self.bits * (leaf - 1) & (1 << self.bits) - 1) * self.entry
 
-    def set_entry(self, root: int, gva: int, entry: int) -> list[Access]:
-        """The guest's own stores that change a leaf entry; a 32-bit guest of PAE stores the high half first."""
-        at = self.leaf(root, gva)
+    def set_entry(self, root: int, gva: int, entry: int, level: int = 1) -> list[Access]:
+        """The guest's own stores that change an entry; a 32-bit guest of PAE stores the high half first."""
+        return self.store(self.leaf(root, gva, level), entry)
+
+    def store(self, at: int, entry: int) -> list[Access]:
+        """The same for an entry that lies at ``at``."""
         if self.mode != "pae32" or entry >> 32 == 0:
             return [("W", at, entry)]
         return [("W", at + 4, entry >> 32), ("W", at, entry & 0xFFFFFFFF)]
@@ -471,6 +481,76 @@ def huge_pages(s: Script) -> None:
     s.run("I4_after_disable", each("RMW", steps))
 
 
+def large_pages(s: Script, backing: str = SMALL) -> None:
+    """M: the guest maps slot 1, and its own tables once more, by large pages, and edits the entries that do so."""
+    size, alias = 1 << s.bits, WINDOW + 0x1000000
+    s.slot(1, RAM, 2 * size, 0, backing)
+    s.slot(2, TABLES, 256, 0, "anon prefaulted, guest page tables")
+    s.maps(TABLES, (RAM, RAM, 64, 0x67), (TABLES, TABLES, 64, 0x63))
+    s.large(TABLES, WINDOW, RAM, 2 * size, 0x7)
+    s.large(TABLES, alias, TABLES, size, 0x7)
+    for page in range(2 * size):
+        s.say("code", RAM + page * PAGE)
+    s.say("vcpu", 0, TABLES)
+    table = TABLES + 48 * PAGE
+    logs: list[int] = []
+
+    def at(op: str, page: int, offset: int = 0, value: int = 0) -> Access:
+        return op, WINDOW + page * PAGE + offset, value
+
+    def entry(page: int, gpa: int, flags: int) -> list[Access]:
+        return s.set_entry(TABLES, WINDOW + page * PAGE, gpa | flags, 2)
+
+    def edited(page: int, gpa_page: int, flags: int) -> list[Access]:
+        return [*entry(page, RAM + gpa_page * PAGE, flags | LARGE_LEAF), at("INVLPG", page)]
+
+    def run(name: str, accesses: Iterable[Access]) -> None:
+        s.step(name, accesses, *logs)
+
+    some = (0, 1, 2, 9, 40, 300, size - 1)
+    run("M1_read_clean", [at("R", p) for p in (*some, size, size + 5)])
+    run("M2_write_sets_D", [at("W", p, 0, 0x100 + p) for p in (*some, 3, 11, size + 5)])
+    run("M3_read_entries", [("R", s.leaf(TABLES, WINDOW, 2) + n * s.entry, 0) for n in range(2)])
+    run("M4_small_pages_too", over(range(8), lambda p: each("R", [p]) + each("W", [p], 8, own) + [at("RMW", p, 16)]))
+    run("M5_clear_D", [*edited(0, 0, 0x27), *(at("R", p) for p in some), *(at("W", p, 0, 5) for p in some)])
+    run("M6_remap", [*edited(0, size, 0x7), *over((0, 5, 7), lambda p: [at("R", p), at("W", p, 8, 6)])])
+    split = [access for p in range(16) for access in s.store(table + p * s.entry, RAM + p * PAGE | 0x67)]
+    small = [at("R", p) for p in range(4)] + [at("W", p, 0, 7) for p in range(8)]
+    run("M7_split", [*split, *entry(0, table, 0x67), at("INVLPG", 0), *small, at("R", 16)])
+    run("M8_large_again", [*edited(0, 0, 0x67), *(at(op, p) for p in (0, 9, 41) for op in ("R", "W"))])
+    user = [at(op, p, o) for p in (40, 41) for op, o in (("uR", 0), ("uW", 8), ("uX", 0xFE0), ("R", 0), ("W", 8))]
+    run("M9_user", [*user, *edited(0, 0, 0x63), *user])
+    wp = [at("W", p, 8, 9) for p in (0, 9, 60)]
+    run(
+        "M10_read_only",
+        [*edited(0, 0, 0x65), *wp, at("R", 9), ("CR0", WP_OFF, 0), *wp, at("uR", 9), ("CR0", WP_ON, 0), *wp]
+        + [*edited(0, 0, 0x67), *wp],
+    )
+    fetch = [at(op, p, o) for p in (42, size - 8) for op, o in (("X", 0xFF0), ("R", 0), ("uX", 0xFE0))]
+    nx = NX if s.entry == 8 else 0
+    run("M11_fetch", [*fetch, *edited(0, 0, 0x67 | nx), *fetch, *edited(0, 0, 0x67), *fetch])
+    run("M12_reserved", [*edited(0, 0, 0x67 | 1 << 21 - (s.entry == 8)), at("R", 3), at("uW", 3), *edited(0, 0, 0x7)])
+    s.phase("M13_dirty_log_on")
+    s.slot(1, RAM, 2 * size, LOG, backing)
+    s.slot(2, TABLES, 256, LOG, "anon prefaulted, guest page tables")
+    logs += [1, 2]
+    s.get(*logs)
+    for _ in range(2):
+        s.run("M13_logged", [at(op, p, 8) for p in some for op in ("R", "RMW")], *logs)
+    run("M14_clear_D_logged", [*edited(0, 0, 0x27), *(at(op, p, 8) for p in some[:4] for op in ("R", "W"))])
+    there = [(op, alias + s.leaf(TABLES, RAM) - TABLES + p * s.entry, RAM + p * PAGE | 0x67) for p in (20, 30) for op in "RW"]
+    run("M15_small_tables_by_large_page", [*there, *each("R", (20, 30)), *there, *each("W", (20, 30), 8)])
+    upper = alias + s.leaf(TABLES, WINDOW, 2) - TABLES
+    run("M16_upper_table_by_large_page", [("R", upper, 0), ("W", upper, RAM | 0xA7), at("INVLPG", 0), at("R", 0)])
+    run("M17_beyond_the_slot", [(op, alias + p * PAGE + 8, 0) for p in (255, 256, 400) for op in "RWR"])
+    flood = [access for turn in range(4) for access in entry(size, RAM + size * PAGE, (0xE7, 0x87)[turn % 2])]
+    run("M18_flood", [at("R", size), *flood, at("INVLPG", size), at("R", size), at("W", size + 1)])
+    s.phase("M19_dirty_log_off")
+    s.slot(1, RAM, 2 * size, 0, backing)
+    s.host("dontneed", 0, 8)
+    s.run("M19_after", [at(op, p, 8) for p in (*some, size + 5) for op in ("R", "W")])
+
+
 def dirty_ring(s: Script) -> None:
     """K: dirty ring, filled once."""
     every = range(256)
@@ -652,6 +732,7 @@ class Drawn:
 SCENARIOS: dict[str, Callable[[Script], None]] = {
     "A": demand_paging, "B": dirty_log, "C": random_accesses, "D": mmio, "E": page_tables, "F": read_only,
     "G": two_vcpus, "G2": two_in_step, "H": host_side, "I": huge_pages, "K": dirty_ring, "L": steady_state,
+    "M": large_pages,
     "P1": lambda s: manual_protect(s, 1), "P3": lambda s: manual_protect(s, 3),
 }  # fmt: skip
 
