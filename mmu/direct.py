@@ -48,6 +48,7 @@ from mmu.kernel import (
     Touches,
     Words,
     independent,
+    prefetched,
 )
 from mmu.pfec import PFEC
 from mmu.slots import HOLE, GuestMemory, Slot
@@ -373,9 +374,7 @@ class DirectMMU:
     def _prefetch(self, slot: NDArray[np.int16], gfn: Index, index: Index) -> None:
         """Fill the up to seven aligned neighbours of each freshly mapped page from writable, resident host pages.
 
-        The empty sptes of a group form runs; a run is filled up to its first page that the host could not give at
-        once, and a run whose first page it could not give ends the prefetch. Logged and read-only slots, and runs that
-        leave the slot, give nothing at all.
+        Logged and read-only slots give nothing at all.
         """
         memory, bits = self.memory, self.bits
         base, pages, first = (memory.property_of(slot, name) for name in ("base", "pages", "first"))
@@ -386,19 +385,7 @@ class DirectMMU:
         at = np.where(inside, neighbour - base[:, None] + first[:, None], index[:, None])
         empty = ~inside | (self.sptes[at] & bits.present == 0)  # a neighbour outside the slot has no spte either
         ready = inside & memory.host_property(np.repeat(slot, PREFETCH), at.ravel(), "writable").reshape(at.shape)
-        fill = np.zeros(at.shape, dtype=np.bool)
-        alive = ~logged & ~readonly
-        for start in range(PREFETCH):
-            opens = alive & empty[:, start]  # a run begins here
-            if start:
-                opens &= ~empty[:, start - 1]
-            if not opens.any():
-                continue
-            run = np.logical_and.accumulate(empty[:, start:], axis=1) & opens[:, None]
-            whole = (inside[:, start:] | ~run).all(axis=1)
-            taken = run & np.logical_and.accumulate(ready[:, start:], axis=1) & whole[:, None]
-            fill[:, start:] |= taken
-            alive &= ~opens | taken[:, 0]
+        fill = prefetched(empty, ready, inside, ~logged & ~readonly)
         target = at[fill]
         if target.size:
             where = np.repeat(slot, PREFETCH).reshape(at.shape)[fill]

@@ -175,3 +175,30 @@ def independent(unit: Index, allowed: Bools, inert: Bools, scratch: Index) -> tu
     lead = scratch[unit]
     here = np.arange(unit.size, dtype=np.int64)
     return lead, ~allowed & ((here == lead) | (inert & (here < lead)))
+
+
+def prefetched(empty: Bools, ready: Bools, inside: Bools, alive: Bools) -> Bools:
+    """Which neighbours of fresh sptes a direct shadow page is filled with (``__direct_pte_prefetch``).
+
+    The empty sptes of a group form runs; a run is filled up to its first page that the host could not give at once,
+    and a run whose first page it could not give ends the prefetch. A run that leaves the slot gives nothing at all.
+
+    Args:
+        empty, ready, inside: of each spte of the group whether nothing is mapped there, whether the host has its page,
+            writable, and whether its gfn lies in the slot; all ``# (fault, 8)``.
+        alive: groups in which a prefetch is tried ``# (fault,)``.
+    """
+    fill = np.zeros(empty.shape, dtype=np.bool)
+    alive = alive.copy()
+    for start in range(PREFETCH):
+        opens = alive & empty[:, start]  # a run begins here
+        if start:
+            opens &= ~empty[:, start - 1]
+        if not opens.any():
+            continue
+        run = np.logical_and.accumulate(empty[:, start:], axis=1) & opens[:, None]
+        whole = (inside[:, start:] | ~run).all(axis=1)
+        taken = run & np.logical_and.accumulate(ready[:, start:], axis=1) & whole[:, None]
+        fill[:, start:] |= taken
+        alive &= ~opens | taken[:, 0]
+    return fill

@@ -53,13 +53,17 @@ class Memslot(NamedTuple):
 
 
 class Gmap(NamedTuple):
-    """``pages`` consecutive leaf entries that the host wrote under the guest's ``root``: gva to gpa, with ``flags``."""
+    """Leaf entries that the host wrote under the guest's ``root``: ``pages`` from gva to gpa, with ``flags``.
+
+    The leaves are of ``level``: 1, or 2 where the guest maps by large pages (then ``flags`` has PS). Pages are of 4K.
+    """
 
     root: int
     gva: int
     gpa: int
     pages: int
     flags: int
+    level: int = 1
 
 
 class Vcpu(NamedTuple):
@@ -258,7 +262,10 @@ def _event(event: dict[str, Any]) -> Event:
             pages = int(event.get("n", 1))
             if not 0 < pages <= MOST_PAGES:
                 raise ValueError(f"n is {pages}; expected 1 to {MOST_PAGES:,} pages")
-            return Gmap(*numbers("root", "gva", "gpa"), pages, number(event["flags"]))
+            level = int(event.get("level", 1))
+            if level not in (1, 2):
+                raise ValueError(f"level is {level}; expected 1, or 2 for large pages")
+            return Gmap(*numbers("root", "gva", "gpa"), pages, number(event["flags"]), level)
         case "vcpu":
             return Vcpu(number(event["vcpu"]), event["gmode"], *numbers("cr0", "cr3", "cr4", "efer"))
         case "enable_cap":
@@ -369,13 +376,14 @@ def table_writes(scenario: Scenario) -> TableWrites:
             free[event.root] = event.root + PAGE
             for directory in range(1 << fmt.index_bits[0]) if fmt.plain else ():
                 table(event.root, fmt.levels - 1, directory << fmt.shift(fmt.levels))
-        gvas = np.uint64(event.gva) + np.arange(event.pages, dtype=np.uint64) * np.uint64(PAGE)  # (page,)
-        gpas = np.uint64(event.gpa) + np.arange(event.pages, dtype=np.uint64) * np.uint64(PAGE)
-        region = gvas >> np.uint64(fmt.shift(2))  # (page,): which leaf table
+        level = event.level
+        offset = np.arange(0, event.pages * PAGE, 1 << fmt.shift(level), dtype=np.uint64)  # (leaf,)
+        gvas, gpas = np.uint64(event.gva) + offset, np.uint64(event.gpa) + offset
+        region = gvas >> np.uint64(fmt.shift(level + 1))  # (leaf,): which leaf table
         first = np.flatnonzero(np.diff(region, prepend=~region[:1])).tolist()
-        for begin, end in zip(first, [*first[1:], event.pages], strict=True):
-            leaves = table(event.root, 1, int(gvas[begin])) + fmt.index(gvas[begin:end], 1) * np.uint64(fmt.entry_bytes)
-            note(leaves, gpas[begin:end] | np.uint64(event.flags))
+        for begin, end in zip(first, [*first[1:], offset.size], strict=True):
+            place = fmt.index(gvas[begin:end], level) * np.uint64(fmt.entry_bytes)
+            note(table(event.root, level, int(gvas[begin])) + place, gpas[begin:end] | np.uint64(event.flags))
     if not writes:
         return TableWrites(*(np.zeros(0, dtype=kind) for kind in (np.uint64, np.uint64, np.int64)))
     before = [np.full(gpa.size, run, dtype=np.int64) for gpa, _, run in writes]

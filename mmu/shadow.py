@@ -17,7 +17,7 @@ Facts: Linux 6.1 ``arch/x86/kvm/mmu/paging_tmpl.h`` (``page_fault``, ``fetch``, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -56,6 +56,7 @@ from mmu.kernel import (
     Masks,
     Words,
     independent,
+    prefetched,
 )
 from mmu.slots import HOLE, GuestMemory, Slot
 from mmu.update import make_mmio, make_spte
@@ -77,6 +78,8 @@ class Walk(NamedTuple):
     before: Words
     after: Words
     rights: NDArray[np.int64]  # EXEC, WRITE, USER of all levels together
+    level: NDArray[np.uint8]  # of the last entry read: above 1 a large page, where there is no fault
+    leaf: Words  # that entry, as it was before
 
     def take(self, which: Index) -> Walk:
         """Only the walks of these accesses."""
@@ -92,8 +95,8 @@ class Page:
     access: int
     quadrant: int
     mode: tuple[Any, ...]
+    direct: bool = False  # part of a large guest page: no guest table stands behind it
     unsync: bool = False
-    writes: int = 0  # write_flooding_count
     roots: int = 0
     valid: bool = True
     parents: set[tuple[int, int]] = field(default_factory=set)  # (page, entry) that point here
@@ -136,6 +139,8 @@ class ShadowMMU:
         sptes: ``# (page, 512)``; ``child`` the shadow page that an upper entry points to, -1 for a leaf;
             ``gfn`` and ``index`` what a leaf maps, -1 for nothing; ``mmio`` the generation of an MMIO spte, or -1;
             ``access`` the rights that a leaf was made with.
+        writes, granted: of each shadow page the stores to its guest table since a fault last came by
+            (``write_flooding_count``), and the rights of its role  # (page,).
         tracked: how many upper-level shadow pages there are for each page ``# (index,)``: their gfns stay protected.
     """
 
@@ -151,9 +156,11 @@ class ShadowMMU:
         self.sptes = np.zeros((0, ENTRIES), dtype=np.uint64)
         self.child = np.zeros((0, ENTRIES), dtype=np.int64)
         self.gfn, self.index, self.mmio, self.access = (np.zeros((0, ENTRIES), dtype=np.int64) for _ in range(4))
+        self.writes, self.granted = (np.zeros(0, dtype=np.int64) for _ in range(2))
         self.tracked = np.zeros(0, dtype=np.int64)
         self.roots: dict[int, Roots] = {}
-        self._of_gfn: dict[int, list[int]] = {}
+        self._of_gfn: dict[int, list[int]] = {}  # of guest tables
+        self._of_large: dict[tuple[int, tuple[Any, ...]], int] = {}  # direct shadow pages, by gfn and role
         self._lead = np.zeros(0, dtype=np.int64)
 
     # Shadow pages ----------------------------------------------------------------------------------------------------
@@ -166,7 +173,10 @@ class ShadowMMU:
             for name, empty in (("sptes", 0), ("child", -1), ("gfn", -1), ("index", -1), ("mmio", -1), ("access", 0)):
                 old = getattr(self, name)
                 setattr(self, name, np.concatenate([old, np.full((more, ENTRIES), empty, dtype=old.dtype)]))
-        self._of_gfn.setdefault(page.gfn, []).insert(0, number)
+            self.writes, self.granted = (
+                np.concatenate([old, np.zeros(more, dtype=np.int64)]) for old in (self.writes, self.granted)
+            )
+        self.granted[number] = page.access
         return number
 
     def _indices(self, gfn: Index) -> Index:
@@ -184,16 +194,24 @@ class ShadowMMU:
             if page.role == role:
                 if page.unsync:
                     self._sync(cpu, number)
-                page.writes = 0
+                self.writes[number] = 0
                 return number
             if level > 1 and page.unsync:
                 self._zap_page(number)
         number = self._new(Page(gfn, level, access, quadrant, mode))
+        self._of_gfn.setdefault(gfn, []).insert(0, number)
         index = self._indices(np.array([gfn], dtype=np.int64))
         if level > 1:
             self.tracked[index] += 1
         self._protect_tables(index)
         return number
+
+    def _get_direct(self, gfn: int, role: tuple[Any, ...]) -> int:
+        """The shadow page for a part of a large guest page in a role: no guest table, so nothing to write-protect."""
+        if (gfn, role) not in self._of_large:
+            level, access, quadrant, mode = role
+            self._of_large[gfn, role] = self._new(Page(gfn, level, access, quadrant, mode, direct=True))
+        return self._of_large[gfn, role]
 
     def _link(self, parent: int, entry: int, child: int) -> None:
         self.sptes[parent, entry] = self.bits.present | self.bits.w | np.uint64(child << int(self.bits.frame))
@@ -428,8 +446,8 @@ class ShadowMMU:
                 self._zap_page(number)  # not how a page table is written
                 continue
             if page.level > 1:
-                page.writes += 1
-                if page.writes >= FLOOD:
+                self.writes[number] += 1
+                if self.writes[number] >= FLOOD:
                     self._zap_page(number)
                     continue
             entry, count = offset // size, 1
@@ -449,15 +467,20 @@ class ShadowMMU:
 
     def _find(self, pages: tuple[int, ...], gva: Words) -> tuple[Index, Index]:
         """The last-level shadow page (-1: not built) and the entry in it for each address."""
+        *_, found = self._way(pages, gva)
+        return found
+
+    def _way(self, pages: tuple[int, ...], gva: Words) -> Iterator[tuple[Index, Index]]:
+        """Level by level, the shadow page (-1: not built) and the entry in it for each address."""
         gva = gva.astype(np.int64)
         if len(pages) == 1:
             here, level = np.full(gva.shape, pages[0], dtype=np.int64), self.pages[pages[0]].level
         else:
             here, level = np.array(pages, dtype=np.int64)[gva >> 30 & 3], 2
-        for upper in range(level, 1, -1):
+        for upper in range(level, 0, -1):
             entry = gva >> (12 + 9 * (upper - 1)) & (ENTRIES - 1)
+            yield here, entry
             here = np.where(here >= 0, self.child[here, entry], np.int64(-1))
-        return here, gva >> 12 & (ENTRIES - 1)
 
     def settle(self, cpu: Any, part: Any, walks: Walk) -> Settled:
         """Let one segment's accesses happen: their faults in order, and what became of each.
@@ -480,13 +503,19 @@ class ShadowMMU:
             lead, now = independent(unit, allowed, known, self._scratch())
             denied = np.flatnonzero(~allowed)
             walk = self.walk(cpu, part.take(waiting[denied]))
+            alone = np.flatnonzero(page < 0)
+            misfit = denied[self._misfit(cpu, part.take(waiting[denied]), walk, page[denied])]
+            if misfit.size:  # the whole shadow page makes way for another
+                way = np.full(len(self.sptes) + 1, waiting.size, dtype=np.int64)
+                np.minimum.at(way, page[misfit], misfit)
+                lead, alone = np.minimum(lead, way[page]), np.union1d(alone, misfit)
             # What a fault does to a page (a copy, for example) reaches its other addresses through the reverse map.
             tables = (walk.gpa >> np.uint64(12)).astype(np.int64)
             lead = np.minimum(lead, _first_of(tables, denied, self._mapped(page, entry), waiting.size))
             done = allowed & (np.arange(waiting.size, dtype=np.int64) < lead)
             frame = self.gfn[page[done], entry[done]].astype(np.uint64) << np.uint64(12)
             out.gpa[waiting[done]] = frame | (part.gva[waiting[done]] & np.uint64(0xFFF))
-            serve = self._may_go_together(np.flatnonzero(now), page, denied, tables)
+            serve = self._may_go_together(np.flatnonzero(now), alone, denied, tables)
             finished = np.zeros(waiting.size, dtype=np.bool)
             if serve.size:
                 rows = walk.take(np.searchsorted(denied, serve))
@@ -518,11 +547,20 @@ class ShadowMMU:
         """
         width = cpu.format.entry_bytes
         group = np.where(walks.used[:, -1], walks.entry_gpa[:, -1] & ~np.uint64(PREFETCH * width - 1), np.uint64(0))
-        names, which = np.unique(group, return_inverse=True)
+        large = (walks.level > 1) & ~walks.fault
+        # A large page has groups of its own: a number for each, which no entry's address is.
+        at = np.flatnonzero(large)
+        last = walks.entry_gpa[at, cpu.format.levels - walks.level[at].astype(np.int64)]
+        group[at] = last << np.uint64(18) | (walks.gpa[at] >> np.uint64(15) & np.uint64((1 << 15) - 1)) << np.uint64(3) | np.uint64(1)
+        names, first, which = np.unique(group, return_index=True, return_inverse=True)
         entry = self.memory.load(
             (names[:, None] + np.arange(PREFETCH, dtype=np.uint64) * np.uint64(width)).ravel(), width
         )
         gfn = np.where(entry & paging.P != 0, entry >> np.uint64(12) & np.uint64((1 << 40) - 1), np.uint64(0))
+        if at.size:
+            own = walks.gpa[first] >> np.uint64(15) << np.uint64(3)
+            own = own[:, None] + np.arange(PREFETCH, dtype=np.uint64)
+            gfn = np.where(np.repeat(large[first], PREFETCH), own.ravel(), gfn)
         pair = np.unique(np.stack([gfn, np.repeat(names, PREFETCH)], axis=1)[gfn > 0], axis=0)
         _, first, count = np.unique(pair[:, 0], return_inverse=True, return_counts=True)
         shared = np.isin(names, pair[count[first.ravel()] > 1, 1])
@@ -540,13 +578,31 @@ class ShadowMMU:
         """The gfn that each address maps now, -1 for none."""
         return np.where(page >= 0, self.gfn[page, entry], np.int64(-1))
 
+    def _rights(self, cpu: Any, part: Any, walk: Walk) -> Index:
+        """What KVM grants by the guest's walks: W waits for the store that sets D."""
+        write = (part.op == 1) | (part.op == 2)
+        rights = walk.rights.copy()
+        rights[~write & (walk.leaf & paging.D == 0)] &= ~WRITE
+        slot, _ = self.memory.locate((walk.gpa >> np.uint64(12)).astype(np.int64))
+        # CR0.WP is clear, and a supervisor stores through a read-only entry
+        lent = write & (rights & WRITE == 0) & (slot != HOLE)
+        rights[lent] = (rights[lent] | WRITE) & ~USER & ~(EXEC if cpu.flags["smep"] else 0)
+        return rights
+
+    def _misfit(self, cpu: Any, part: Any, walk: Walk, page: Index) -> Bools:
+        """Faults in large guest pages whose shadow page has other rights in its role than the guest's entry now."""
+        large = (walk.level > 1) & ~walk.fault & (page >= 0)
+        if not large.any():
+            return large
+        return large & (self.granted[page] != self._rights(cpu, part, walk))
+
     @staticmethod
-    def _may_go_together(serve: Index, page: Index, denied: Index, tables: Index) -> Index:
-        """Of each group's first fault: those ahead of the first that needs a new shadow page, else that one alone.
+    def _may_go_together(serve: Index, alone: Index, denied: Index, tables: Index) -> Index:
+        """Of each group's first fault: those ahead of the first that needs another shadow page, else that one alone.
 
         Of two that touch the same gfn by different addresses only the first goes.
         """
-        missing = serve[page[serve] < 0]
+        missing = serve[np.isin(serve, alone)]
         if missing.size:
             ahead = serve[serve < missing[0]]
             serve = ahead if ahead.size else missing[:1]
@@ -614,10 +670,12 @@ class ShadowMMU:
         index = self._indices(gfn)
         slot, _ = memory.locate(gfn)
         self._mark_entries(cpu, which, walk)
+        rights = self._rights(cpu, part, walk)
 
         refused = np.uint8(RET_EMULATE if self.kernel.release == "6.1" else RET_WRITE_PROTECTED)
         present = word & bits.present != 0
         tracked = write & present & (self.tracked[index] > 0)
+        self._calm(cpu, part.gva[tracked])
         self._emulate(cpu, part, which, walk, at, record, tracked, refused)
         hole = ~tracked & (slot == HOLE)
         readonly = ~tracked & write & memory.property_of(slot, "readonly").astype(np.bool)
@@ -637,17 +695,13 @@ class ShadowMMU:
             done |= hole
         if not done.any():
             return
-        if page[0] < 0:  # then it is served alone
-            page = np.array([self._build(cpu, int(part.gva[0]), walk)], dtype=np.int64)
+        if page.size == 1:  # one that needs another shadow page is served alone
+            page = np.array([self._build(cpu, int(part.gva[0]), walk, int(rights[0]))], dtype=np.int64)
+        self._calm(cpu, part.gva[done])
         special = done & hole
         self.mmio[page[special], entry[special]] = memory.generation
         self.gfn[page[special], entry[special]] = gfn[special]
 
-        rights = walk.rights.copy()
-        clean = ~write & (walk.before[:, -1] & paging.D == 0)
-        rights[clean] &= ~WRITE  # W waits for the store that sets D
-        lent = write & (rights & WRITE == 0)  # CR0.WP is clear, and a supervisor stores through a read-only entry
-        rights[lent] = (rights[lent] | WRITE) & ~USER & ~(EXEC if cpu.flags["smep"] else 0)
         mapped = np.flatnonzero(done & ~hole)
         inside = np.isin(ask, mapped)
         pfn, host = answer.pfn[inside], answer.writable[inside]
@@ -672,7 +726,9 @@ class ShadowMMU:
         self._emulate(cpu, part, which, walk, at, record, emulate, refused)
         again = done.copy()
         again[mapped[same]] = False
-        self._prefetch(cpu, page[again], entry[again])
+        direct = np.array([self.pages[number].direct for number in page.tolist()], dtype=np.bool)
+        self._prefetch(cpu, page[again & ~direct], entry[again & ~direct])
+        self._prefetch_direct(page[again & direct], entry[again & direct])
 
     def _emulate(
         self,
@@ -713,22 +769,39 @@ class ShadowMMU:
         self.gfn[page, entry], self.index[page, entry], self.mmio[page, entry] = gfn, index, -1
         self.access[page, entry] = access
 
-    def _build(self, cpu: Any, gva: int, walk: Walk) -> int:
-        """Make the shadow pages that are missing on the way to one address; return the last-level one."""
+    def _calm(self, cpu: Any, gva: Words) -> None:
+        """Faults come by: the shadow pages on the way are in use, so stores to their guest tables count anew."""
+        if gva.size:
+            for here, _ in self._way(self._root(cpu).pages, gva):
+                self.writes[here[here >= 0]] = 0
+
+    def _build(self, cpu: Any, gva: int, walk: Walk, rights: int) -> int:
+        """Make the shadow pages that are missing on the way to one address; return the last-level one.
+
+        Below the entry that maps a large page they are direct, and have the rights of the whole walk in their roles.
+        Where the rights are others now, they make way (``validate_direct_spte``); they stay to be found again.
+        """
         fmt, roots = cpu.format, self._root(cpu)
         here = roots.pages[0] if len(roots.pages) == 1 else roots.pages[gva >> 30 & 3]
-        access = ALL
+        access, leaf, gfn = ALL, int(walk.level[0]), int(walk.gpa[0]) >> 12
         for level in range(self.pages[here].level, 1, -1):
             entry = gva >> (12 + 9 * (level - 1)) & (ENTRIES - 1)
-            guest = int(walk.before[0, fmt.levels - level])
-            access &= guest & (WRITE | USER) | (0 if fmt.nx and guest & int(paging.NX) else EXEC)
-            if self.child[here, entry] < 0:
-                table = int(walk.entry_gpa[0, fmt.levels - level + 1]) >> 12
-                quadrant = entry & 1 if fmt.entry_bytes == 4 else 0
-                child = self._get(cpu, table, (level - 1, access, quadrant, roots.mode))
-                if level > 2:
-                    self._sync_below(cpu, child)
-                self._link(here, entry, child)
+            quadrant = entry & 1 if fmt.entry_bytes == 4 else 0
+            child = int(self.child[here, entry])
+            if level > leaf:
+                guest = int(walk.before[0, fmt.levels - level])
+                access &= guest & (WRITE | USER) | (0 if fmt.nx and guest & int(paging.NX) else EXEC)
+                if child < 0:
+                    table = int(walk.entry_gpa[0, fmt.levels - level + 1]) >> 12
+                    child = self._get(cpu, table, (level - 1, access, quadrant, roots.mode))
+                    if level > 2:
+                        self._sync_below(cpu, child)
+                    self._link(here, entry, child)
+            elif child < 0 or self.granted[child] != rights:
+                if child >= 0:
+                    self._unlink(here, entry)
+                base = gfn >> 9 * (level - 1) << 9 * (level - 1)
+                self._link(here, entry, self._get_direct(base, (level - 1, rights, quadrant, roots.mode)))
             here = int(self.child[here, entry])
         return here
 
@@ -741,6 +814,31 @@ class ShadowMMU:
             try_it = np.flatnonzero(alive & (here != entry) & (self.sptes[page, here] & self.bits.present == 0))
             if try_it.size:
                 alive[try_it] = self._prefetch_entries(cpu, page[try_it], here[try_it])
+
+    def _prefetch_direct(self, page: Index, entry: Index) -> None:
+        """The same in parts of large guest pages, whose neighbours are those in guest-physical memory."""
+        if not page.size:
+            return
+        memory, bits, shape = self.memory, self.bits, (page.size, PREFETCH)
+        base = np.array([self.pages[number].gfn for number in page.tolist()], dtype=np.int64)
+        access = np.repeat(self.granted[page], PREFETCH)
+        here = ((entry & ~np.int64(PREFETCH - 1))[:, None] + np.arange(PREFETCH, dtype=np.int64)).ravel()  # (8 faults,)
+        gfn, page = np.repeat(base, PREFETCH) + here, np.repeat(page, PREFETCH)
+        index = self._indices(gfn)
+        slot, _ = memory.locate(gfn)
+        own = np.repeat(memory.locate(base + entry)[0], PREFETCH)
+        logged, readonly = (memory.property_of(own, name).astype(np.bool) for name in ("logged", "readonly"))
+        empty = self.sptes[page, here] & bits.present == 0
+        inside = (slot == own) & (own != HOLE)
+        ready = inside & memory.host_property(slot, index, "writable")
+        alive = (~readonly & ~(logged & (access & WRITE != 0))).reshape(shape)[:, 0]
+        fill = prefetched(empty.reshape(shape), ready.reshape(shape), inside.reshape(shape), alive).ravel()
+        page, here, gfn, index, access, slot = (column[fill] for column in (page, here, gfn, index, access, slot))
+        barred = (self.tracked[index] > 0) | self._shadowed(gfn, sync_only=True)
+        new = make_spte(
+            memory.frames(slot, index), access=access, shadowed=barred, prefetch=True, layout=self.kernel.layout
+        )
+        self._put(page, here, new, gfn, index, access)
 
     def _prefetch_entries(self, cpu: Any, page: Index, entry: Index, *, logged_too: bool = False) -> Bools:
         """``prefetch_gpte``: fill one spte of each page, if the guest's entry has A and the host has the page."""

@@ -371,7 +371,8 @@ class Guest:
         fmt = cpu.format
         if fmt is None:
             clean, zero = np.zeros(count, dtype=np.bool), np.zeros(count, dtype=np.uint64)
-            return Walk(part.gva, clean, zero, none, none.astype(np.bool), none, none, zero.astype(np.int64))
+            rights, level = zero.astype(np.int64), np.ones(count, dtype=np.uint8)
+            return Walk(part.gva, clean, zero, none, none.astype(np.bool), none, none, rights, level, zero)
         shape = (count, fmt.levels)
         entry_gpa, entries = np.zeros(shape, dtype=np.uint64), np.zeros(shape, dtype=np.uint64)
         read = np.zeros(shape, dtype=np.bool)
@@ -399,8 +400,9 @@ class Guest:
         last = found.level[:, None] <= np.arange(fmt.levels, 0, -1, dtype=np.uint8)  # (access, level)
         rights = found.executable * EXEC | found.writable * MAY_WRITE | found.user_page * USER
         return Walk(
-            gpa, out.fault & memory_op, out.code, entry_gpa, read & last, entries, out.entries, rights.astype(np.int64)
-        )
+            gpa, out.fault & memory_op, out.code, entry_gpa, read & last, entries, out.entries,
+            rights.astype(np.int64), found.level, found.leaf,
+        )  # fmt: skip
 
     def _touches(self, part: Stream, walks: Walk) -> Touches:
         """All touches of guest-physical memory: with nested paging the CPU's walks of guest tables, then the page."""
