@@ -133,7 +133,8 @@ class Masks:
 
     def __init__(self, layout: str) -> None:
         bits = layout_named(layout).bits
-        self.present, self.w, self.d = (np.uint64(bits.mask(name)) for name in ("MMU_P", "W", "D"))
+        self.present, self.w = (np.uint64(bits.mask(name)) for name in ("MMU_P", "W"))
+        self.a, self.d = (np.uint64(bits.mask(name)) for name in ("A", "D"))
         self.host_w, self.mmu_w, self.large = (np.uint64(bits.mask(name)) for name in ("HOST_W", "MMU_W", "PS"))
         self.user = np.uint64(bits.mask("U") if "U" in bits else 0)
         self.execute = np.uint64(bits.mask("X") if "X" in bits else 0)

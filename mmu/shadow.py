@@ -513,6 +513,9 @@ class ShadowMMU:
             tables = (walk.gpa >> np.uint64(12)).astype(np.int64)
             lead = np.minimum(lead, _first_of(tables, denied, self._mapped(page, entry), waiting.size))
             done = allowed & (np.arange(waiting.size, dtype=np.int64) < lead)
+            store = done & np.isin(part.op[waiting], (1, 2))
+            self.sptes[page[done], entry[done]] |= self.bits.a
+            self.sptes[page[store], entry[store]] |= self.bits.d
             frame = self.gfn[page[done], entry[done]].astype(np.uint64) << np.uint64(12)
             out.gpa[waiting[done]] = frame | (part.gva[waiting[done]] & np.uint64(0xFFF))
             serve = self._may_go_together(np.flatnonzero(now), alone, denied, tables)
