@@ -245,7 +245,9 @@ def _upper(order: Order, v: Visit, mine: Any, element: Any, walk: Any) -> None:
     quiet = np.searchsorted(lines, rows["line"][a]) == np.searchsorted(lines, rows["line"][b])
     of, bad = np.zeros(len(kind), dtype=np.bool_), np.zeros(len(kind), dtype=np.bool_)
     of[b] = same & quiet
-    bad[b] = (rows["a"][a] ^ rows["a"][b]) & ~_A != 0
+    before, after = rows["a"][a], rows["a"][b]
+    dirtied = (before & _PS != 0) & (level[:-1] < 4) & (before & _D == 0)  # a walk for a store sets D in a large leaf
+    bad[b] = (before ^ after) & ~np.where(dirtied, _A | _D, _A) != 0
     seen = np.full(len(kind), -1, dtype=np.int64)
     seen[b] = a
     v.find(UPPER, of, bad, seen)
