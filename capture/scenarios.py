@@ -502,7 +502,11 @@ def large_pages(s: Script, backing: str = SMALL) -> None:
         return s.set_entry(TABLES, WINDOW + page * PAGE, gpa | flags, 2)
 
     def edited(page: int, gpa_page: int, flags: int) -> list[Access]:
-        return [*entry(page, RAM + gpa_page * PAGE, flags | LARGE_LEAF), at("INVLPG", page)]
+        return [*entry(page, RAM + gpa_page * PAGE, flags | LARGE_LEAF), *flushed(page)]
+
+    def flushed(page: int) -> list[Access]:
+        """INVLPG is for a whole large page; under nested paging the emulated CPU drops only 4K of it, so CR3 too."""
+        return [at("INVLPG", page), ("CR3", TABLES, 0)]
 
     def run(name: str, accesses: Iterable[Access]) -> None:
         s.step(name, accesses, *logs)
@@ -516,16 +520,13 @@ def large_pages(s: Script, backing: str = SMALL) -> None:
     run("M6_remap", [*edited(0, size, 0x7), *over((0, 5, 7), lambda p: [at("R", p), at("W", p, 8, 6)])])
     split = [access for p in range(16) for access in s.store(table + p * s.entry, RAM + p * PAGE | 0x67)]
     small = [at("R", p) for p in range(4)] + [at("W", p, 0, 7) for p in range(8)]
-    run("M7_split", [*split, *entry(0, table, 0x67), at("INVLPG", 0), *small, at("R", 16)])
+    run("M7_split", [*split, *entry(0, table, 0x67), *flushed(0), *small, at("R", 16)])
     run("M8_large_again", [*edited(0, 0, 0x67), *(at(op, p) for p in (0, 9, 41) for op in ("R", "W"))])
     user = [at(op, p, o) for p in (40, 41) for op, o in (("uR", 0), ("uW", 8), ("uX", 0xFE0), ("R", 0), ("W", 8))]
     run("M9_user", [*user, *edited(0, 0, 0x63), *user])
     wp = [at("W", p, 8, 9) for p in (0, 9, 60)]
-    run(
-        "M10_read_only",
-        [*edited(0, 0, 0x65), *wp, at("R", 9), ("CR0", WP_OFF, 0), *wp, at("uR", 9), ("CR0", WP_ON, 0), *wp]
-        + [*edited(0, 0, 0x67), *wp],
-    )
+    lent = [("CR0", WP_OFF, 0), *wp, at("uR", 9), ("CR0", WP_ON, 0)]
+    run("M10_read_only", [*edited(0, 0, 0x65), *wp, at("R", 9), *lent, *wp, *edited(0, 0, 0x67), *wp])
     fetch = [at(op, p, o) for p in (42, size - 8) for op, o in (("X", 0xFF0), ("R", 0), ("uX", 0xFE0))]
     nx = NX if s.entry == 8 else 0
     run("M11_fetch", [*fetch, *edited(0, 0, 0x67 | nx), *fetch, *edited(0, 0, 0x67), *fetch])
@@ -538,7 +539,9 @@ def large_pages(s: Script, backing: str = SMALL) -> None:
     for _ in range(2):
         s.run("M13_logged", [at(op, p, 8) for p in some for op in ("R", "RMW")], *logs)
     run("M14_clear_D_logged", [*edited(0, 0, 0x27), *(at(op, p, 8) for p in some[:4] for op in ("R", "W"))])
-    there = [(op, alias + s.leaf(TABLES, RAM) - TABLES + p * s.entry, RAM + p * PAGE | 0x67) for p in (20, 30) for op in "RW"]
+    there = [
+        (op, alias + s.leaf(TABLES, RAM) - TABLES + p * s.entry, RAM + p * PAGE | 0x67) for p in (20, 30) for op in "RW"
+    ]
     run("M15_small_tables_by_large_page", [*there, *each("R", (20, 30)), *there, *each("W", (20, 30), 8)])
     upper = alias + s.leaf(TABLES, WINDOW, 2) - TABLES
     run("M16_upper_table_by_large_page", [("R", upper, 0), ("W", upper, RAM | 0xA7), at("INVLPG", 0), at("R", 0)])
@@ -732,7 +735,7 @@ class Drawn:
 SCENARIOS: dict[str, Callable[[Script], None]] = {
     "A": demand_paging, "B": dirty_log, "C": random_accesses, "D": mmio, "E": page_tables, "F": read_only,
     "G": two_vcpus, "G2": two_in_step, "H": host_side, "I": huge_pages, "K": dirty_ring, "L": steady_state,
-    "M": large_pages,
+    "M": large_pages, "N": lambda s: large_pages(s, LARGE),
     "P1": lambda s: manual_protect(s, 1), "P3": lambda s: manual_protect(s, 3),
 }  # fmt: skip
 

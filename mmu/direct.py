@@ -297,7 +297,7 @@ class DirectMMU:
 
         done = ~answer.notified & ~answer.failed
         wants_huge = (
-            done & self._may_be_huge(t.slot, gfn) & ~logged & memory.host_property(t.slot, t.index, "mapped_huge")
+            done & self.memory.may_be_huge(t.slot, gfn) & ~logged & memory.host_property(t.slot, t.index, "mapped_huge")
         )
         if self.kernel.nx_huge_pages:
             wants_huge &= ~t.fetch & (self.blocks[block] != TABLE)
@@ -332,12 +332,6 @@ class DirectMMU:
     def _dirty(self, t: Touches, which: Bools) -> None:
         if which.any():
             self.on_dirty(t.order[which], t.slot[which], t.index[which])
-
-    def _may_be_huge(self, slot: NDArray[np.int16], gfn: Index) -> Bools:
-        """Blocks that lie wholly in their slot, gfn and host address aligned alike (``lpage_info``)."""
-        base, pages, offset = (self.memory.property_of(slot, name) for name in ("base", "pages", "offset"))
-        start = gfn // HUGE_PAGES * HUGE_PAGES
-        return (start >= base) & (start + HUGE_PAGES <= base + pages) & ((offset - base) % HUGE_PAGES == 0)
 
     def _install_huge(self, t: Touches, gfn: Index, block: Index, which: Bools, pfn: Words, writable: Bools) -> None:
         """Map whole blocks by large sptes; what stood below is gone."""
@@ -511,7 +505,7 @@ class DirectMMU:
         number = np.arange(slot.base // HUGE_PAGES, -(-(slot.base + slot.pages) // HUGE_PAGES), dtype=np.int64)
         position = np.full(number.shape, self.memory.slots.index(slot), dtype=np.int16)
         gfn = number * HUGE_PAGES
-        inside = self._may_be_huge(position, gfn)
+        inside = self.memory.may_be_huge(position, gfn)
         position, gfn = position[inside], gfn[inside]
         block = self._block(position, gfn)
         host = self.memory.host_property(position, slot.first + gfn - slot.base, "mapped_huge")

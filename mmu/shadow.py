@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmu import paging
+from mmu.host import PAGE
 from mmu.kernel import (
     CAN_FETCH,
     CAN_READ,
@@ -62,6 +63,7 @@ from mmu.slots import HOLE, GuestMemory, Slot
 from mmu.update import make_mmio, make_spte
 
 ENTRIES = 512  # sptes in a shadow page
+SMALL_OFFSET, LARGE_OFFSET = np.uint64(PAGE - 1), np.uint64(ENTRIES * PAGE - 1)  # of an address in what a leaf maps
 EXEC, WRITE, USER, ALL = 1, 2, 4, 7  # role.access
 FLOOD = 3  # writes to a write-protected upper table after which KVM gives up shadowing it
 CACHED_ROOTS = 3  # previous roots that a vCPU keeps (KVM_MMU_NUM_PREV_ROOTS)
@@ -95,7 +97,6 @@ class Page:
     access: int
     quadrant: int
     mode: tuple[Any, ...]
-    direct: bool = False  # part of a large guest page: no guest table stands behind it
     unsync: bool = False
     roots: int = 0
     valid: bool = True
@@ -139,8 +140,8 @@ class ShadowMMU:
         sptes: ``# (page, 512)``; ``child`` the shadow page that an upper entry points to, -1 for a leaf;
             ``gfn`` and ``index`` what a leaf maps, -1 for nothing; ``mmio`` the generation of an MMIO spte, or -1;
             ``access`` the rights that a leaf was made with.
-        writes, granted: of each shadow page the stores to its guest table since a fault last came by
-            (``write_flooding_count``), and the rights of its role  # (page,).
+        writes, granted, base: of each shadow page the stores to its guest table since a fault last came by
+            (``write_flooding_count``), the rights of its role, a direct one's first gfn (else -1) ``# (page,)``.
         tracked: how many upper-level shadow pages there are for each page ``# (index,)``: their gfns stay protected.
     """
 
@@ -156,10 +157,11 @@ class ShadowMMU:
         self.sptes = np.zeros((0, ENTRIES), dtype=np.uint64)
         self.child = np.zeros((0, ENTRIES), dtype=np.int64)
         self.gfn, self.index, self.mmio, self.access = (np.zeros((0, ENTRIES), dtype=np.int64) for _ in range(4))
-        self.writes, self.granted = (np.zeros(0, dtype=np.int64) for _ in range(2))
+        self.writes, self.granted, self.base = (np.zeros(0, dtype=np.int64) for _ in range(3))
         self.tracked = np.zeros(0, dtype=np.int64)
         self.roots: dict[int, Roots] = {}
         self._of_gfn: dict[int, list[int]] = {}  # of guest tables
+        self.has_large = False  # a leaf has been set one level up
         self._of_large: dict[tuple[int, tuple[Any, ...]], int] = {}  # direct shadow pages, by gfn and role
         self._lead = np.zeros(0, dtype=np.int64)
 
@@ -173,10 +175,10 @@ class ShadowMMU:
             for name, empty in (("sptes", 0), ("child", -1), ("gfn", -1), ("index", -1), ("mmio", -1), ("access", 0)):
                 old = getattr(self, name)
                 setattr(self, name, np.concatenate([old, np.full((more, ENTRIES), empty, dtype=old.dtype)]))
-            self.writes, self.granted = (
-                np.concatenate([old, np.zeros(more, dtype=np.int64)]) for old in (self.writes, self.granted)
+            self.writes, self.granted, self.base = (
+                np.concatenate([old, np.zeros(more, dtype=np.int64)]) for old in (self.writes, self.granted, self.base)
             )
-        self.granted[number] = page.access
+        self.granted[number], self.base[number] = page.access, -1
         return number
 
     def _indices(self, gfn: Index) -> Index:
@@ -210,10 +212,12 @@ class ShadowMMU:
         """The shadow page for a part of a large guest page in a role: no guest table, so nothing to write-protect."""
         if (gfn, role) not in self._of_large:
             level, access, quadrant, mode = role
-            self._of_large[gfn, role] = self._new(Page(gfn, level, access, quadrant, mode, direct=True))
+            self._of_large[gfn, role] = self._new(Page(gfn, level, access, quadrant, mode))
+            self.base[self._of_large[gfn, role]] = gfn
         return self._of_large[gfn, role]
 
     def _link(self, parent: int, entry: int, child: int) -> None:
+        self._clear(np.array([parent], dtype=np.int64), np.array([entry], dtype=np.int64))
         self.sptes[parent, entry] = self.bits.present | self.bits.w | np.uint64(child << int(self.bits.frame))
         self.child[parent, entry] = child
         self.pages[child].parents.add((parent, entry))
@@ -268,7 +272,18 @@ class ShadowMMU:
         wanted = np.zeros(self.memory.size + 1, dtype=np.bool)  # the last entry: what index -1 finds
         wanted[index] = True
         wanted[-1] = False
-        return wanted[self.index] & (self.sptes & self.bits.present != 0)
+        found = wanted[self.index] & (self.sptes & self.bits.present != 0)
+        if self.has_large:
+            large = np.nonzero(self._is_large(self.sptes))
+            first = self.index[large]
+            within = np.append(0, np.cumsum(wanted, dtype=np.int64))
+            found[large] = within[first + ENTRIES] > within[first]
+        return found
+
+    def _is_large(self, word: Words) -> Bools:
+        """Which sptes map 2 MiB."""
+        both = self.bits.present | self.bits.large
+        return word & both == both
 
     def _unsync_gfns(self, gfn: Index) -> None:
         """A writable mapping of guest tables appears: their last-level shadow pages go unsync."""
@@ -471,16 +486,23 @@ class ShadowMMU:
         return found
 
     def _way(self, pages: tuple[int, ...], gva: Words) -> Iterator[tuple[Index, Index]]:
-        """Level by level, the shadow page (-1: not built) and the entry in it for each address."""
-        gva = gva.astype(np.int64)
+        """Level by level, the shadow page (-1: not built) and the entry in it for each address.
+
+        Where a large spte ends the way, that one again.
+        """
+        gva, large = gva.astype(np.int64), np.zeros(gva.shape, dtype=np.bool)
+        last = np.zeros(gva.shape, dtype=np.int64)
         if len(pages) == 1:
             here, level = np.full(gva.shape, pages[0], dtype=np.int64), self.pages[pages[0]].level
         else:
             here, level = np.array(pages, dtype=np.int64)[gva >> 30 & 3], 2
         for upper in range(level, 0, -1):
-            entry = gva >> (12 + 9 * (upper - 1)) & (ENTRIES - 1)
+            entry = np.where(large, last, gva >> (12 + 9 * (upper - 1)) & (ENTRIES - 1))
             yield here, entry
-            here = np.where(here >= 0, self.child[here, entry], np.int64(-1))
+            below = np.where(here >= 0, self.child[here, entry], np.int64(-1))
+            if self.has_large:
+                large = (here >= 0) & (below < 0) & self._is_large(self.sptes[here, entry])
+            here, last = np.where(large, here, below), entry
 
     def settle(self, cpu: Any, part: Any, walks: Walk) -> Settled:
         """Let one segment's accesses happen: their faults in order, and what became of each.
@@ -511,13 +533,15 @@ class ShadowMMU:
                 lead, alone = np.minimum(lead, way[page]), np.union1d(alone, misfit)
             # What a fault does to a page (a copy, for example) reaches its other addresses through the reverse map.
             tables = (walk.gpa >> np.uint64(12)).astype(np.int64)
-            lead = np.minimum(lead, _first_of(tables, denied, self._mapped(page, entry), waiting.size))
+            mapped = self._mapped(page, entry, word, part.gva[waiting])
+            lead = np.minimum(lead, _first_of(tables, denied, mapped, waiting.size))
             done = allowed & (np.arange(waiting.size, dtype=np.int64) < lead)
             store = done & np.isin(part.op[waiting], (1, 2))
             self.sptes[page[done], entry[done]] |= self.bits.a
             self.sptes[page[store], entry[store]] |= self.bits.d
             frame = self.gfn[page[done], entry[done]].astype(np.uint64) << np.uint64(12)
-            out.gpa[waiting[done]] = frame | (part.gva[waiting[done]] & np.uint64(0xFFF))
+            offset = np.where(self._is_large(word[done]), LARGE_OFFSET, SMALL_OFFSET)
+            out.gpa[waiting[done]] = frame | (part.gva[waiting[done]] & offset)
             serve = self._may_go_together(np.flatnonzero(now), alone, denied, tables)
             finished = np.zeros(waiting.size, dtype=np.bool)
             if serve.size:
@@ -554,7 +578,11 @@ class ShadowMMU:
         # A large page has groups of its own: a number for each, which no entry's address is.
         at = np.flatnonzero(large)
         last = walks.entry_gpa[at, cpu.format.levels - walks.level[at].astype(np.int64)]
-        group[at] = last << np.uint64(18) | (walks.gpa[at] >> np.uint64(15) & np.uint64((1 << 15) - 1)) << np.uint64(3) | np.uint64(1)
+        group[at] = (
+            last << np.uint64(18)
+            | (walks.gpa[at] >> np.uint64(15) & np.uint64((1 << 15) - 1)) << np.uint64(3)
+            | np.uint64(1)
+        )
         names, first, which = np.unique(group, return_index=True, return_inverse=True)
         entry = self.memory.load(
             (names[:, None] + np.arange(PREFETCH, dtype=np.uint64) * np.uint64(width)).ravel(), width
@@ -577,9 +605,10 @@ class ShadowMMU:
             self._lead = np.zeros(2 * units, dtype=np.int64)
         return self._lead
 
-    def _mapped(self, page: Index, entry: Index) -> Index:
+    def _mapped(self, page: Index, entry: Index, word: Words, gva: Words) -> Index:
         """The gfn that each address maps now, -1 for none."""
-        return np.where(page >= 0, self.gfn[page, entry], np.int64(-1))
+        inside = np.where(self._is_large(word), gva.astype(np.int64) >> 12 & (ENTRIES - 1), np.int64(0))
+        return np.where(page >= 0, self.gfn[page, entry] + inside, np.int64(-1))
 
     def _rights(self, cpu: Any, part: Any, walk: Walk) -> Index:
         """What KVM grants by the guest's walks: W waits for the store that sets D."""
@@ -593,11 +622,31 @@ class ShadowMMU:
         return rights
 
     def _misfit(self, cpu: Any, part: Any, walk: Walk, page: Index) -> Bools:
-        """Faults in large guest pages whose shadow page has other rights in its role than the guest's entry now."""
+        """Faults in large guest pages whose shadow page has other rights in its role than the guest's entry now.
+
+        Where the host may have a huge page, another spte may take the place of the whole shadow page too.
+        """
         large = (walk.level > 1) & ~walk.fault & (page >= 0)
         if not large.any():
             return large
-        return large & (self.granted[page] != self._rights(cpu, part, walk))
+        slot, _ = self.memory.locate((walk.gpa >> np.uint64(12)).astype(np.int64))
+        huge = np.array([slot.backing.huge for slot in self.memory.slots] + [False], dtype=np.bool)[slot]
+        return large & (huge | (self.granted[page] != self._rights(cpu, part, walk)))
+
+    def _goal(self, walk: Walk, slot: NDArray[np.int16], index: Index) -> int:
+        """The level that KVM maps one access at (``kvm_mmu_hugepage_adjust``), once the host's page is there.
+
+        2 where guest and host both have a large page there, none of which is a shadowed guest table or logged.
+        """
+        gfn = walk.gpa.astype(np.int64) >> 12
+        if walk.level[0] < 2 or slot[0] == HOLE or self.memory.slots[slot[0]].logged:
+            return 1
+        huge = self.memory.may_be_huge(slot, gfn) & self.memory.host_property(slot, index, "mapped_huge")
+        return 2 if huge[0] and not self._tables_within(int(gfn[0])) else 1
+
+    def _tables_within(self, gfn: int) -> bool:
+        """Shadowed guest tables lie in the gfn's 2 MiB block."""
+        return any(table // ENTRIES == gfn // ENTRIES for table, numbers in self._of_gfn.items() if numbers)
 
     @staticmethod
     def _may_go_together(serve: Index, alone: Index, denied: Index, tables: Index) -> Index:
@@ -698,8 +747,10 @@ class ShadowMMU:
             done |= hole
         if not done.any():
             return
+        goal = 1
         if page.size == 1:  # one that needs another shadow page is served alone
-            page = np.array([self._build(cpu, int(part.gva[0]), walk, int(rights[0]))], dtype=np.int64)
+            *where, goal = self._build(cpu, int(part.gva[0]), walk, int(rights[0]), slot, index)
+            page, entry = np.array(where, dtype=np.int64)[:, None]
         self._calm(cpu, part.gva[done])
         special = done & hole
         self.mmio[page[special], entry[special]] = memory.generation
@@ -709,6 +760,8 @@ class ShadowMMU:
         inside = np.isin(ask, mapped)
         pfn, host = answer.pfn[inside], answer.writable[inside]
         host &= ~memory.property_of(slot[mapped], "readonly").astype(np.bool)
+        within = gfn[mapped] & (ENTRIES - 1) if goal > 1 else np.zeros_like(mapped)
+        pfn -= within.astype(np.uint64)
         old = self.sptes[page[mapped], entry[mapped]]
         moved = (old & bits.present != 0) & (old >> bits.frame & np.uint64((1 << 40) - 1) != pfn)
         old[moved] = 0
@@ -716,10 +769,11 @@ class ShadowMMU:
         barred = self.tracked[index[mapped]] > 0
         self._unsync_gfns(gfn[mapped][wants & ~barred])
         new = make_spte(
-            pfn, access=rights[mapped], host_writable=host, shadowed=barred, layout=self.kernel.layout,
+            pfn, level=goal, access=rights[mapped], host_writable=host, shadowed=barred, layout=self.kernel.layout,
             old=self._shown(page[mapped], entry[mapped], old, gfn[mapped]),
         )  # fmt: skip
-        self._put(page[mapped], entry[mapped], new, gfn[mapped], index[mapped], rights[mapped])
+        self._put(page[mapped], entry[mapped], new, gfn[mapped] - within, index[mapped] - within, rights[mapped])
+        self.has_large |= goal > 1
         same = new == old
         record["path"][at[mapped[same]]], record["ret"][at[mapped[same]]] = SPURIOUS, RET_SPURIOUS
         dirtied = new & bits.w != 0
@@ -729,7 +783,8 @@ class ShadowMMU:
         self._emulate(cpu, part, which, walk, at, record, emulate, refused)
         again = done.copy()
         again[mapped[same]] = False
-        direct = np.array([self.pages[number].direct for number in page.tolist()], dtype=np.bool)
+        again &= goal == 1
+        direct = self.base[page] >= 0
         self._prefetch(cpu, page[again & ~direct], entry[again & ~direct])
         self._prefetch_direct(page[again & direct], entry[again & direct])
 
@@ -778,20 +833,26 @@ class ShadowMMU:
             for here, _ in self._way(self._root(cpu).pages, gva):
                 self.writes[here[here >= 0]] = 0
 
-    def _build(self, cpu: Any, gva: int, walk: Walk, rights: int) -> int:
-        """Make the shadow pages that are missing on the way to one address; return the last-level one.
+    def _build(
+        self, cpu: Any, gva: int, walk: Walk, rights: int, slot: NDArray[np.int16], index: Index
+    ) -> tuple[int, int, int]:
+        """Make the shadow pages that are missing on the way to one address; return the last, the entry and its level.
 
         Below the entry that maps a large page they are direct, and have the rights of the whole walk in their roles.
         Where the rights are others now, they make way (``validate_direct_spte``); they stay to be found again.
         """
         fmt, roots = cpu.format, self._root(cpu)
         here = roots.pages[0] if len(roots.pages) == 1 else roots.pages[gva >> 30 & 3]
-        access, leaf, gfn = ALL, int(walk.level[0]), int(walk.gpa[0]) >> 12
-        for level in range(self.pages[here].level, 1, -1):
+        access, goal, gfn = ALL, 0, int(walk.gpa[0]) >> 12
+        for level in range(self.pages[here].level, 0, -1):
             entry = gva >> (12 + 9 * (level - 1)) & (ENTRIES - 1)
             quadrant = entry & 1 if fmt.entry_bytes == 4 else 0
             child = int(self.child[here, entry])
-            if level > leaf:
+            if level <= walk.level[0]:
+                goal = goal or self._goal(walk, slot, index)  # the shadow pages above are there now
+            if level == goal:
+                break
+            if not goal:
                 guest = int(walk.before[0, fmt.levels - level])
                 access &= guest & (WRITE | USER) | (0 if fmt.nx and guest & int(paging.NX) else EXEC)
                 if child < 0:
@@ -806,7 +867,9 @@ class ShadowMMU:
                 base = gfn >> 9 * (level - 1) << 9 * (level - 1)
                 self._link(here, entry, self._get_direct(base, (level - 1, rights, quadrant, roots.mode)))
             here = int(self.child[here, entry])
-        return here
+        if int(self.child[here, entry]) >= 0:
+            self._unlink(here, entry)  # a large spte in place of a table
+        return here, entry, goal
 
     def _prefetch(self, cpu: Any, page: Index, entry: Index) -> None:
         """Fill the empty neighbours of fresh sptes, from the left, until one cannot be filled."""
@@ -823,8 +886,7 @@ class ShadowMMU:
         if not page.size:
             return
         memory, bits, shape = self.memory, self.bits, (page.size, PREFETCH)
-        base = np.array([self.pages[number].gfn for number in page.tolist()], dtype=np.int64)
-        access = np.repeat(self.granted[page], PREFETCH)
+        base, access = self.base[page], np.repeat(self.granted[page], PREFETCH)
         here = ((entry & ~np.int64(PREFETCH - 1))[:, None] + np.arange(PREFETCH, dtype=np.int64)).ravel()  # (8 faults,)
         gfn, page = np.repeat(base, PREFETCH) + here, np.repeat(page, PREFETCH)
         index = self._indices(gfn)
@@ -888,6 +950,16 @@ class ShadowMMU:
         """Write-protect pages for the dirty log, wherever they are mapped: only W goes."""
         if index.size and len(self.sptes):
             self.sptes[self._mapping(index)] &= ~self.bits.w
+
+    def log_stopped(self, slot: Slot) -> None:
+        """The dirty log is off: small sptes of large guest pages go where the host has a huge page."""
+        for (gfn, (level, *_)), number in self._of_large.items():
+            where, index = self.memory.locate(np.array([gfn], dtype=np.int64))
+            huge = self.memory.may_be_huge(where, np.array([gfn], dtype=np.int64))
+            huge &= self.memory.host_property(where, index, "mapped_huge")
+            if level == 1 and slot.base <= gfn < slot.base + slot.pages and huge[0] and not self._tables_within(gfn):
+                entry = np.flatnonzero(self.sptes[number] & self.bits.present != 0)
+                self._clear(np.full(entry.shape, number, dtype=np.int64), entry)
 
     def zap(self, slot: Slot, page: Index) -> None:
         """The mmu notifier's unmap of some pages of a slot."""

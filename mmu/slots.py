@@ -187,6 +187,14 @@ class GuestMemory:
                 whole[mask] = part
         return answer
 
+    def may_be_huge(self, position: NDArray[np.int16], gfn: Index) -> Bools:
+        """Which gfns lie in a 2 MiB block that one spte can map: wholly in its slot, and aligned as the host's are."""
+        base, pages, offset = (self.property_of(position, name) for name in ("base", "pages", "offset"))
+        ahead = np.array([slot.backing.ahead for slot in self.slots] + [0], dtype=np.int64)[position]
+        start = gfn // HUGE_PAGES * HUGE_PAGES
+        inside = (start >= base) & (start + HUGE_PAGES <= base + pages)
+        return inside & ((offset + ahead - base) % HUGE_PAGES == 0)
+
     def same_block(self, position: NDArray[np.int16], index: Index) -> tuple[NDArray[np.int16], Index]:
         """All pages of their slots that share a 2 MiB block of the host's with any of these: slots and indices."""
         where, out = [position[:0]], [index[:0]]

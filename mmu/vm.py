@@ -181,6 +181,7 @@ class Guest:
             self.shadow.protect(np.arange(slot.first, slot.first + slot.pages, dtype=np.int64))
         elif was and not slot.logged:
             self.direct.log_stopped(slot)
+            self.shadow.log_stopped(slot)
 
     def get_dirty_log(self, slot: Slot) -> Bools:
         """The dirty bitmap ``# (page,)``; without manual protection the dirty pages are write-protected again."""
