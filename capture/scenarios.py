@@ -19,13 +19,14 @@ import numpy as np
 
 PAGE = 0x1000
 LOG, READONLY = 1, 2
-RAM, WINDOW, TABLES, ROM, DEVICE = 0x1000000, 0x40000000, 0x4000000, 0x2000000, 0x80000000
-"""Guest-physical places of slots 1, 2 and 3 and of the device; guest-virtual place of the second map of slot 1."""
+RAM, WINDOW, ALIAS, TABLES, ROM, DEVICE = 0x1000000, 0x40000000, 0x41000000, 0x4000000, 0x2000000, 0x80000000
+"""Guest-physical places of slots 1, 2 and 3 and of the device; guest-virtual places where slots are mapped again."""
 
 SMALL, READY, LARGE = "anon NOHUGEPAGE not prefaulted", "anon prefaulted NOHUGEPAGE", "anon MADV_HUGEPAGE prefaulted"
 MODES = {"long64": (4, 9, 8), "pae32": (3, 9, 8), "leg32": (2, 10, 4), "pse32": (2, 10, 4),
          "flat32": (0, 0, 0)}  # fmt: skip
 """Levels of the guest's tables, address bits of each, bytes of an entry."""
+LARGE_MODES = ("long64", "pae32", "pse32")
 
 CAP_MANUAL, CAP_RING = 168, 192
 NX, RESERVED, LARGE_LEAF = 1 << 63, 1 << 51, 1 << 7
@@ -483,12 +484,12 @@ def huge_pages(s: Script) -> None:
 
 def large_pages(s: Script, backing: str = SMALL) -> None:
     """M: the guest maps slot 1, and its own tables once more, by large pages, and edits the entries that do so."""
-    size, alias = 1 << s.bits, WINDOW + 0x1000000
+    size = 1 << s.bits
     s.slot(1, RAM, 2 * size, 0, backing)
     s.slot(2, TABLES, 256, 0, "anon prefaulted, guest page tables")
     s.maps(TABLES, (RAM, RAM, 64, 0x67), (TABLES, TABLES, 64, 0x63))
     s.large(TABLES, WINDOW, RAM, 2 * size, 0x7)
-    s.large(TABLES, alias, TABLES, size, 0x7)
+    s.large(TABLES, ALIAS, TABLES, size, 0x7)
     for page in range(2 * size):
         s.say("code", RAM + page * PAGE)
     s.say("vcpu", 0, TABLES)
@@ -540,12 +541,12 @@ def large_pages(s: Script, backing: str = SMALL) -> None:
         s.run("M13_logged", [at(op, p, 8) for p in some for op in ("R", "RMW")], *logs)
     run("M14_clear_D_logged", [*edited(0, 0, 0x27), *(at(op, p, 8) for p in some[:4] for op in ("R", "W"))])
     there = [
-        (op, alias + s.leaf(TABLES, RAM) - TABLES + p * s.entry, RAM + p * PAGE | 0x67) for p in (20, 30) for op in "RW"
+        (op, ALIAS + s.leaf(TABLES, RAM) - TABLES + p * s.entry, RAM + p * PAGE | 0x67) for p in (20, 30) for op in "RW"
     ]
     run("M15_small_tables_by_large_page", [*there, *each("R", (20, 30)), *there, *each("W", (20, 30), 8)])
-    upper = alias + s.leaf(TABLES, WINDOW, 2) - TABLES
+    upper = ALIAS + s.leaf(TABLES, WINDOW, 2) - TABLES
     run("M16_upper_table_by_large_page", [("R", upper, 0), ("W", upper, RAM | 0xA7), at("INVLPG", 0), at("R", 0)])
-    run("M17_beyond_the_slot", [(op, alias + p * PAGE + 8, 0) for p in (255, 256, 400) for op in "RWR"])
+    run("M17_beyond_the_slot", [(op, ALIAS + p * PAGE + 8, 0) for p in (255, 256, 400) for op in "RWR"])
     flood = [access for turn in range(4) for access in entry(size, RAM + size * PAGE, (0xE7, 0x87)[turn % 2])]
     run("M18_flood", [at("R", size), *flood, at("INVLPG", size), at("R", size), at("W", size + 1)])
     s.phase("M19_dirty_log_off")
@@ -626,6 +627,8 @@ class Drawn:
         self.calls = rng.random() < 0.5
         self.paged = bool(s.levels)
         self.roots = (TABLES, TABLES + 0x20 * PAGE)
+        # Drawn apart from the rest, which stays as it is without large pages.
+        self.large = s.mode in LARGE_MODES and rng.spawn(1)[0].random() < 0.5
         self.root, self.wp = 0, True
         self.logged: list[int] = []
 
@@ -641,6 +644,8 @@ class Drawn:
         ranges = (RAM, RAM, self.pages, 0x67), (WINDOW, RAM, self.window, 0x7), (DEVICE, DEVICE, 4, 0x63)
         for root in self.roots:
             s.maps(root, *ranges, (TABLES, TABLES, 64, 0x63))
+            if self.large:
+                s.large(root, ALIAS, RAM, -(-self.pages // (1 << s.bits)) << s.bits, 0x7)
         for page in range(self.pages if self.calls else 0):
             s.say("code", RAM + page * PAGE)
         s.say("vcpu", 0, self.roots[0])
@@ -651,6 +656,8 @@ class Drawn:
         while len(out) < count:
             through = self.paged and rng.random() < 0.4
             room, base = (self.window, WINDOW) if through else (self.pages, RAM)
+            if through and self.large and rng.random() < 0.6:
+                room, base = self.pages, ALIAS
             first, step = int(rng.integers(room)), int(rng.choice([1, 1, 2, 7, -1]))
             op, offset = str(rng.choice(ops)), int(rng.integers(500)) * 8
             user = "u" if self.paged and rng.random() < 0.15 else ""
@@ -661,6 +668,19 @@ class Drawn:
             if rng.random() < 0.05:
                 out.append((str(rng.choice(["R", "W"])), DEVICE + int(rng.integers(4)) * PAGE + 8, len(out)))
         return out[:count]
+
+    def large_edits(self) -> list[Access]:
+        """The guest changes the entry of a large page, and uses what it maps; CR3 is loaded as in scenario M."""
+        s, rng = self.s, self.rng
+        kinds = [0x7, 0x67, 0x67, 0x27, 0x5, 0x65, 0x3, *([0x67 | NX, 0x7 | RESERVED] if s.entry == 8 else [])]
+        flags, at = kinds[rng.integers(len(kinds))] | LARGE_LEAF, int(rng.integers(-(-self.pages >> s.bits)))
+        gva, root = ALIAS + (at << s.bits) * PAGE, self.roots[self.root]
+        ops = rng.choice(["R", "W", "uR", "uW", "RMW"], 6)
+        pages = rng.integers(min(self.pages, 1 << s.bits), size=6)
+        return [
+            *s.set_entry(root, gva, RAM + gva - ALIAS | flags, 2), ("INVLPG", gva, 0), ("CR3", root, 0),
+            *((str(op), gva + int(page) * PAGE + 0x48, 1) for op, page in zip(ops, pages, strict=True)),
+        ]  # fmt: skip
 
     def edits(self) -> list[Access]:
         """The guest changes some leaf entries of the window, and uses what they map."""
@@ -703,7 +723,7 @@ class Drawn:
             after = {"readonly": ("writable", *where), "fork": ("reap",)}.get(action)
             ops = ("R",) if action == "readonly" else ops
         elif what == "edit":
-            before = self.edits()
+            before = self.large_edits() if self.large and rng.random() < 0.7 else self.edits()
         elif what == "cr3":
             self.root ^= 1
             before = [("CR3", self.roots[self.root], 0)]
@@ -740,10 +760,16 @@ SCENARIOS: dict[str, Callable[[Script], None]] = {
 }  # fmt: skip
 
 
+def fits(kind: str, mode: str) -> bool:
+    """Whether a lettered scenario can be had in a guest mode: tables of its own need paging, large pages PSE."""
+    return mode != "flat32" if kind == "E" else mode in LARGE_MODES if kind in ("M", "N") else True
+
+
 def names(config: str) -> list[str]:
     """All scenarios that a configuration can show: with shadow paging, in every guest mode."""
-    modes = ("", "-flat32", "-pae32", "-leg32") if config.startswith("npt0") else ("",)
-    return [name + mode for mode in modes for name in SCENARIOS if (name, mode) != ("E", "-flat32")]
+    modes = MODES if config.startswith("npt0") else ("long64",)
+    kinds = {mode: ("M", "N") if mode == "pse32" else SCENARIOS for mode in modes}
+    return [kind + f"-{mode}" * (mode != "long64") for mode in modes for kind in kinds[mode] if fits(kind, mode)]
 
 
 def script(name: str, config: str, host: str, seed: int = 1) -> str:
@@ -762,9 +788,9 @@ def script(name: str, config: str, host: str, seed: int = 1) -> str:
     mode = mode or "long64"
     number = kind.removeprefix("random")
     drawn = kind != number and number.isdigit()
-    if mode not in MODES or not (drawn or kind in SCENARIOS) or (kind, mode) == ("E", "flat32"):
+    if mode not in MODES or not (drawn or kind in SCENARIOS) or not fits(kind, mode):
         raise ValueError(f"scenario {name!r}; expected {', '.join(SCENARIOS)} or random1, random2, ..., "
-                         f"and behind it nothing, -flat32 (not E), -pae32 or -leg32")  # fmt: skip
+                         f"and behind it nothing, -flat32 (not E, M, N), -pae32, -leg32 (not M, N), -pse32")  # fmt: skip
     s = Script(name, mode, f"scenario {name} {config} {mode} {host}")
     if drawn:
         s.say("json", text=f'{{"t":"seed","seed":{seed},"number":{number}}}')
