@@ -790,7 +790,7 @@ def script(name: str, config: str, host: str, seed: int = 1) -> str:
     drawn = kind != number and number.isdigit()
     if mode not in MODES or not (drawn or kind in SCENARIOS) or not fits(kind, mode):
         raise ValueError(f"scenario {name!r}; expected {', '.join(SCENARIOS)} or random1, random2, ..., "
-                         f"and behind it nothing, -flat32 (not E, M, N), -pae32, -leg32 (not M, N), -pse32")  # fmt: skip
+                         f"behind it nothing, -flat32 (not E, M, N), -pae32, -leg32 (not M, N), -pse32")  # fmt: skip
     s = Script(name, mode, f"scenario {name} {config} {mode} {host}")
     if drawn:
         s.say("json", text=f'{{"t":"seed","seed":{seed},"number":{number}}}')
