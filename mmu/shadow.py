@@ -574,7 +574,8 @@ class ShadowMMU:
         """
         width = cpu.format.entry_bytes
         group = np.where(walks.used[:, -1], walks.entry_gpa[:, -1] & ~np.uint64(PREFETCH * width - 1), np.uint64(0))
-        large = (walks.level > 1) & ~walks.fault
+        both = paging.P | paging.PS
+        large = (walks.level > 1) & (walks.leaf & both == both)
         # A large page has groups of its own: a number for each, which no entry's address is.
         at = np.flatnonzero(large)
         last = walks.entry_gpa[at, cpu.format.levels - walks.level[at].astype(np.int64)]
