@@ -526,7 +526,7 @@ class ShadowMMU:
             denied = np.flatnonzero(~allowed)
             walk = self.walk(cpu, part.take(waiting[denied]))
             alone = np.flatnonzero(page < 0)
-            misfit = denied[self._misfit(cpu, part.take(waiting[denied]), walk, page[denied])]
+            misfit = denied[self._misfit(cpu, part.take(waiting[denied]), walk, page[denied]) & ~known[denied]]
             if misfit.size:  # the whole shadow page makes way for another
                 way = np.full(len(self.sptes) + 1, waiting.size, dtype=np.int64)
                 np.minimum.at(way, page[misfit], misfit)
@@ -655,10 +655,9 @@ class ShadowMMU:
 
         Of two that touch the same gfn by different addresses only the first goes.
         """
-        missing = serve[np.isin(serve, alone)]
-        if missing.size:
-            ahead = serve[serve < missing[0]]
-            serve = ahead if ahead.size else missing[:1]
+        if alone.size:
+            ahead = serve[serve < alone[0]]
+            serve = ahead if ahead.size else serve[serve == alone[0]]
         _, first = np.unique(tables[np.searchsorted(denied, serve)], return_index=True)
         return serve[np.sort(first)]
 
