@@ -41,6 +41,7 @@ CONFIGS = {  # parameters of kvm, of kvm_amd
     "npt1_tdp1": ("tdp_mmu=1", "npt=1"),
     "npt1_tdp0": ("tdp_mmu=0", "npt=1"),
     "npt0": ("tdp_mmu=1", "npt=0"),
+    "npt0_nxhp": ("tdp_mmu=1 nx_huge_pages=force", "npt=0"),
     "npt1_tdp1_nxhp": ("tdp_mmu=1 nx_huge_pages=force", "npt=1"),
     "npt1_tdp0_nxhp": ("tdp_mmu=0 nx_huge_pages=force", "npt=1"),
     "npt1_tdp1_noeager": ("tdp_mmu=1 eager_page_split=0", "npt=1"),

@@ -98,6 +98,7 @@ class Page:
     quadrant: int
     mode: tuple[Any, ...]
     unsync: bool = False
+    fetched: bool = False  # made in place of a large spte that could not be executed (nx_huge_page_disallowed)
     roots: int = 0
     valid: bool = True
     parents: set[tuple[int, int]] = field(default_factory=set)  # (page, entry) that point here
@@ -526,8 +527,10 @@ class ShadowMMU:
             denied = np.flatnonzero(~allowed)
             walk = self.walk(cpu, part.take(waiting[denied]))
             alone = np.flatnonzero(page < 0)
-            misfit = denied[self._misfit(cpu, part.take(waiting[denied]), walk, page[denied]) & ~known[denied]]
-            if misfit.size:  # the whole shadow page makes way for another
+            large = np.flatnonzero((walk.level > 1) & ~walk.fault & ~known[denied] & (page[denied] >= 0))
+            if large.size:  # the whole shadow page may make way for another
+                misfit = denied[large]
+                misfit = misfit[self._misfit(cpu, part.take(waiting[misfit]), walk.take(large), page[misfit])]
                 way = np.full(len(self.sptes) + 1, waiting.size, dtype=np.int64)
                 np.minimum.at(way, page[misfit], misfit)
                 lead, alone = np.minimum(lead, way[page]), np.union1d(alone, misfit)
@@ -536,11 +539,11 @@ class ShadowMMU:
             mapped = self._mapped(page, entry, word, part.gva[waiting])
             lead = np.minimum(lead, _first_of(tables, denied, mapped, waiting.size))
             done = allowed & (np.arange(waiting.size, dtype=np.int64) < lead)
-            store = done & np.isin(part.op[waiting], (1, 2))
+            store = done & ((part.op[waiting] == 1) | (part.op[waiting] == 2))
             self.sptes[page[done], entry[done]] |= self.bits.a
             self.sptes[page[store], entry[store]] |= self.bits.d
             frame = self.gfn[page[done], entry[done]].astype(np.uint64) << np.uint64(12)
-            offset = np.where(self._is_large(word[done]), LARGE_OFFSET, SMALL_OFFSET)
+            offset = np.where(self.has_large & self._is_large(word[done]), LARGE_OFFSET, SMALL_OFFSET)
             out.gpa[waiting[done]] = frame | (part.gva[waiting[done]] & offset)
             serve = self._may_go_together(np.flatnonzero(now), alone, denied, tables)
             finished = np.zeros(waiting.size, dtype=np.bool)
@@ -576,14 +579,11 @@ class ShadowMMU:
         group = np.where(walks.used[:, -1], walks.entry_gpa[:, -1] & ~np.uint64(PREFETCH * width - 1), np.uint64(0))
         both = paging.P | paging.PS
         large = (walks.level > 1) & (walks.leaf & both == both)
-        # A large page has groups of its own: a number for each, which no entry's address is.
+        # The groups of a large page: a number for each, made of its entry's address and the group's place in it.
         at = np.flatnonzero(large)
         last = walks.entry_gpa[at, cpu.format.levels - walks.level[at].astype(np.int64)]
-        group[at] = (
-            last << np.uint64(18)
-            | (walks.gpa[at] >> np.uint64(15) & np.uint64((1 << 15) - 1)) << np.uint64(3)
-            | np.uint64(1)
-        )
+        inside = walks.gpa[at] >> np.uint64(12) & np.uint64((1 << 18) - PREFETCH)  # of 1 GiB
+        group[at] = last << np.uint64(18) | inside | np.uint64(1)
         names, first, which = np.unique(group, return_index=True, return_inverse=True)
         entry = self.memory.load(
             (names[:, None] + np.arange(PREFETCH, dtype=np.uint64) * np.uint64(width)).ravel(), width
@@ -608,18 +608,20 @@ class ShadowMMU:
 
     def _mapped(self, page: Index, entry: Index, word: Words, gva: Words) -> Index:
         """The gfn that each address maps now, -1 for none."""
-        inside = np.where(self._is_large(word), gva.astype(np.int64) >> 12 & (ENTRIES - 1), np.int64(0))
-        return np.where(page >= 0, self.gfn[page, entry] + inside, np.int64(-1))
+        gfn = self.gfn[page, entry]
+        if self.has_large:
+            gfn += np.where(self._is_large(word), gva.astype(np.int64) >> 12 & (ENTRIES - 1), np.int64(0))
+        return np.where(page >= 0, gfn, np.int64(-1))
 
     def _rights(self, cpu: Any, part: Any, walk: Walk) -> Index:
         """What KVM grants by the guest's walks: W waits for the store that sets D."""
         write = (part.op == 1) | (part.op == 2)
         rights = walk.rights.copy()
         rights[~write & (walk.leaf & paging.D == 0)] &= ~WRITE
-        slot, _ = self.memory.locate((walk.gpa >> np.uint64(12)).astype(np.int64))
-        # CR0.WP is clear, and a supervisor stores through a read-only entry
-        lent = write & (rights & WRITE == 0) & (slot != HOLE)
-        rights[lent] = (rights[lent] | WRITE) & ~USER & ~(EXEC if cpu.flags["smep"] else 0)
+        lent = write & (rights & WRITE == 0)  # CR0.WP is clear, and a supervisor stores through a read-only entry
+        if lent.any():
+            lent &= self.memory.locate((walk.gpa >> np.uint64(12)).astype(np.int64))[0] != HOLE
+            rights[lent] = (rights[lent] | WRITE) & ~USER & ~(EXEC if cpu.flags["smep"] else 0)
         return rights
 
     def _misfit(self, cpu: Any, part: Any, walk: Walk, page: Index) -> Bools:
@@ -627,12 +629,9 @@ class ShadowMMU:
 
         Where the host may have a huge page, another spte may take the place of the whole shadow page too.
         """
-        large = (walk.level > 1) & ~walk.fault & (page >= 0)
-        if not large.any():
-            return large
         slot, _ = self.memory.locate((walk.gpa >> np.uint64(12)).astype(np.int64))
         huge = np.array([slot.backing.huge for slot in self.memory.slots] + [False], dtype=np.bool)[slot]
-        return large & (huge | (self.granted[page] != self._rights(cpu, part, walk)))
+        return huge | (self.granted[page] != self._rights(cpu, part, walk))
 
     def _goal(self, walk: Walk, slot: NDArray[np.int16], index: Index) -> int:
         """The level that KVM maps one access at (``kvm_mmu_hugepage_adjust``), once the host's page is there.
@@ -644,6 +643,10 @@ class ShadowMMU:
             return 1
         huge = self.memory.may_be_huge(slot, gfn) & self.memory.host_property(slot, index, "mapped_huge")
         return 2 if huge[0] and not self._tables_within(int(gfn[0])) else 1
+
+    def _stays_small(self, child: int) -> bool:
+        """With ``nx_huge_pages``, small sptes that were made for a fetch stay; 6.1 lets all small ones stay."""
+        return self.kernel.nx_huge_pages and (self.kernel.release == "6.1" or self.pages[child].fetched)
 
     def _tables_within(self, gfn: int) -> bool:
         """Shadowed guest tables lie in the gfn's 2 MiB block."""
@@ -748,8 +751,8 @@ class ShadowMMU:
         if not done.any():
             return
         goal = 1
-        if page.size == 1:  # one that needs another shadow page is served alone
-            *where, goal = self._build(cpu, int(part.gva[0]), walk, int(rights[0]), slot, index)
+        if page[0] < 0 or (walk.level[0] > 1 and page.size == 1):  # what needs another shadow page is served alone
+            *where, goal = self._build(cpu, part, walk, int(rights[0]), slot, index)
             page, entry = np.array(where, dtype=np.int64)[:, None]
         self._calm(cpu, part.gva[done])
         special = done & hole
@@ -770,7 +773,7 @@ class ShadowMMU:
         self._unsync_gfns(gfn[mapped][wants & ~barred])
         new = make_spte(
             pfn, level=goal, access=rights[mapped], host_writable=host, shadowed=barred, layout=self.kernel.layout,
-            old=self._shown(page[mapped], entry[mapped], old, gfn[mapped]),
+            nx_huge_pages=self.kernel.nx_huge_pages, old=self._shown(page[mapped], entry[mapped], old, gfn[mapped]),
         )  # fmt: skip
         self._put(page[mapped], entry[mapped], new, gfn[mapped] - within, index[mapped] - within, rights[mapped])
         self.has_large |= goal > 1
@@ -829,19 +832,20 @@ class ShadowMMU:
 
     def _calm(self, cpu: Any, gva: Words) -> None:
         """Faults come by: the shadow pages on the way are in use, so stores to their guest tables count anew."""
-        if gva.size:
+        if gva.size and self.writes.any():
             for here, _ in self._way(self._root(cpu).pages, gva):
                 self.writes[here[here >= 0]] = 0
 
     def _build(
-        self, cpu: Any, gva: int, walk: Walk, rights: int, slot: NDArray[np.int16], index: Index
+        self, cpu: Any, part: Any, walk: Walk, rights: int, slot: NDArray[np.int16], index: Index
     ) -> tuple[int, int, int]:
         """Make the shadow pages that are missing on the way to one address; return the last, the entry and its level.
 
         Below the entry that maps a large page they are direct, and have the rights of the whole walk in their roles.
         Where the rights are others now, they make way (``validate_direct_spte``); they stay to be found again.
         """
-        fmt, roots = cpu.format, self._root(cpu)
+        fmt, roots, gva = cpu.format, self._root(cpu), int(part.gva[0])
+        fetched = self.kernel.nx_huge_pages and bool(part.op[0] == 3)  # no large page may be executed
         here = roots.pages[0] if len(roots.pages) == 1 else roots.pages[gva >> 30 & 3]
         access, goal, gfn = ALL, 0, int(walk.gpa[0]) >> 12
         for level in range(self.pages[here].level, 0, -1):
@@ -849,7 +853,9 @@ class ShadowMMU:
             quadrant = entry & 1 if fmt.entry_bytes == 4 else 0
             child = int(self.child[here, entry])
             if level <= walk.level[0]:
-                goal = goal or self._goal(walk, slot, index)  # the shadow pages above are there now
+                goal = goal or (1 if fetched else self._goal(walk, slot, index))  # the shadow pages above are there now
+            if level == goal > 1 and child >= 0 and self._stays_small(child):
+                goal -= 1
             if level == goal:
                 break
             if not goal:
@@ -865,7 +871,9 @@ class ShadowMMU:
                 if child >= 0:
                     self._unlink(here, entry)
                 base = gfn >> 9 * (level - 1) << 9 * (level - 1)
-                self._link(here, entry, self._get_direct(base, (level - 1, rights, quadrant, roots.mode)))
+                child = self._get_direct(base, (level - 1, rights, quadrant, roots.mode))
+                self._link(here, entry, child)
+                self.pages[child].fetched |= fetched
             here = int(self.child[here, entry])
         if int(self.child[here, entry]) >= 0:
             self._unlink(here, entry)  # a large spte in place of a table
