@@ -543,14 +543,13 @@ class Guest:
 
     def _find_tables(self, cpu: VCPU) -> None:
         """Mark the pages that the vCPU's page tables lie in, in :attr:`tables`."""
-        if self.tables.size < self.memory.size:
-            more = np.zeros(self.memory.size - self.tables.size, dtype=np.bool)
-            self.tables = np.concatenate([self.tables, more])
         fmt = cpu.format
         assert fmt is not None
         page = np.array([cpu.cr3 >> 12], dtype=np.int64)
         for column in range(fmt.levels):
-            _, index = self.memory.locate(page)
+            _, index = self.memory.locate(page)  # a table may lie where no slot is, in a hole met for the first time
+            more = np.zeros(self.memory.size - self.tables.size, dtype=np.bool)
+            self.tables = np.concatenate([self.tables, more])
             self.tables[index] = True
             if column == fmt.levels - 1:
                 break

@@ -9,7 +9,7 @@ from mmu.host import Backing
 from mmu.kernel import Kernel
 from mmu.vm import CR0, CR3, FETCH, INCREMENT, INVLPG, READ, VCPU, WRITE, Guest, Stream, stream
 
-LOW, RAM, ROM, ALIAS, TABLES, HOLE = 0x0, 0x1000, 0x2000, 0x3000, 0x4000, 0x5000  # gfns where regions begin
+LOW, RAM, ROM, ALIAS, TABLES, HOLE, LARGE = 0x0, 0x1000, 0x2000, 0x3000, 0x4000, 0x5000, 0x8000  # where regions begin
 LONG = {"cr0": 0x80010033, "cr3": 0x10000, "cr4": 0x20, "efer": 0xD01}
 FLAGS = (
     0x67,
@@ -22,7 +22,10 @@ FLAGS = (
 
 
 class Machine:
-    """A guest with RAM, a read-only slot and holes; paged ones have aliases, and can write their own page tables."""
+    """A guest with RAM, a read-only slot and holes; paged ones have aliases, and can write their own page tables.
+
+    One of the aliases is made of large pages, which reach into a hole where RAM is small.
+    """
 
     def __init__(self, seed: int) -> None:
         rng = np.random.default_rng(seed)
@@ -65,18 +68,20 @@ class Machine:
         for page in range(8):
             self.map(HOLE + page, HOLE + page, 0x67)
             self.map(TABLES + page, 0x10 + page, 0x63)
+        for page in (0, 512):
+            self.map(LARGE + page, RAM + page, int(rng.choice(FLAGS[:5])) | 0x80, 2)
 
-    def map(self, page: int, frame: int, flags: int) -> None:
+    def map(self, page: int, frame: int, flags: int, leaf: int = 1) -> None:
         """One guest page-table entry, and the upper ones above it."""
         memory, table = self.guest.memory, LONG["cr3"]
-        for level in (4, 3, 2):
+        for level in range(4, leaf, -1):
             at = table + (page >> 9 * (level - 1) & 511) * 8
             entry = int(memory.load(np.array([at], dtype=np.uint64), 8)[0])
             if not entry:
                 entry, self.free = self.free | 0x27, self.free + 0x1000
                 memory.store(at, entry, 8)
             table = entry & ~0xFFF
-        memory.store(table + (page & 511) * 8, frame << 12 | flags, 8)
+        memory.store(table + (page >> 9 * (leaf - 1) & 511) * 8, frame << 12 | flags, 8)
 
     def stream(self, rng: np.random.Generator, count: int) -> Stream:
         """Accesses to all regions; on a paged guest with stores to its tables, INVLPG and loads of CR3 and CR0."""
@@ -104,6 +109,16 @@ class Machine:
             gva = np.where(op == CR3, np.uint64(LONG["cr3"]), gva)
             gva = np.where(op == CR0, rng.choice(np.array([0x80010033, 0x80000033], dtype=np.uint64), count), gva)
             user &= op < INVLPG
+            # And large pages: accesses to them, and stores to the entry of the first.
+            large = (rng.random(count) < 0.3) & (op < INVLPG)
+            page = LARGE + rng.choice([0, 8, 16, 512], count) + near
+            gva = np.where(large, (page << 12).astype(np.uint64) | gva & np.uint64(0xFFF), gva)
+            op = np.where(large & (page >= LARGE + self.ram.pages) & (op > WRITE), READ, op)
+            value[large] &= 0xFFFFFFFF
+            edits = np.flatnonzero(large & (rng.random(count) < 0.15))
+            op[edits], user[edits] = WRITE, False
+            gva[edits] = TABLES + 2 << 12 | 0x200  # in the table that the first upper entries lead to
+            value[edits] = RAM << 12 | 0x80 | rng.choice(FLAGS, edits.size)
         return stream(op, gva, value, user)
 
     def act(self, rng: np.random.Generator) -> None:

@@ -68,8 +68,12 @@ def test_sptes_stay_legal(seed: int) -> None:
         machine.guest.run(0, machine.stream(rng, 80))
         machine.act(rng)
         direct, shadow = machine.guest.direct, machine.guest.shadow
-        words = np.concatenate([direct.sptes, direct.blocks[direct.blocks > 1], shadow.sptes[shadow.child < 0]])
-        states = spte.classify(words, machine.kernel.layout, level=1)
+        leaves = shadow.sptes[shadow.child < 0]
+        large = leaves & shadow.bits.large != 0
+        small = np.concatenate([direct.sptes, direct.blocks[direct.blocks > 1], leaves[~large]])
+        states = np.concatenate(
+            [spte.classify(small, machine.kernel.layout, level=1), spte.classify(leaves[large], machine.kernel.layout)]
+        )
         assert not (states == spte.ILLEGAL).any()
         small = direct.sptes != 0
         assert np.array_equal(direct.rights[small], direct.bits.rights(direct.sptes[small]))
