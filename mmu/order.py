@@ -418,9 +418,10 @@ class Order:
         walked = v.before(WERR) > fault  # a #PF for the guest drops, and may at once refill, what it was refused by
         v.find(RETURN_RETRY, handler & ~walked & (said == number["RETRY"]), v.before(SET) > fault, v.before(SET))
         write = self._code(v.at("b", fault)) & _W != 0
-        protected = write & (v.at("b", sets) & np.uint64(self.form.bits.mask("W")) == 0)
+        asked = v.before_where((v.kind == SET) & (sets < v.before(REQ)))  # the others are neighbours
+        protected = write & (v.at("b", asked) & np.uint64(self.form.bits.mask("W")) == 0)
         emulates = handler & ~walked & (said == number["EMULATE"])
-        v.find(RETURN_EMULATE, emulates, (sets > fault) & (v.before(REQ) > fault) & ~protected, sets)
+        v.find(RETURN_EMULATE, emulates, (asked > fault) & (v.before(REQ) > fault) & ~protected, asked)
         direct = v.before(WALK) < fault
         unchanged = (sets > fault) & ~mapped
         at_work = np.bool_((v.kind == CHANGE).any())
