@@ -217,7 +217,7 @@ static void put_entry(u64 gpa, u64 value)
 }
 
 /* Where the entry of gva at a level lies; table pages are taken in ascending order behind the root. */
-static u64 leaf_entry(u64 root, u64 gva, int leaf)
+static u64 entry_of(u64 root, u64 gva, int leaf)
 {
 	static struct {
 		u64 root, next;
@@ -243,35 +243,36 @@ static u64 leaf_entry(u64 root, u64 gva, int leaf)
 	return table + ((gva >> (12 + mode->bits * (leaf - 1))) & ((1 << mode->bits) - 1)) * mode->bytes;
 }
 
-/* map ROOT GVA GPA PAGES FLAGS [NOTE...] */
-static void do_map(char *line)
+/* Leaf entries of a level; pages are of 4K all the same. */
+static void map_by(int level, char *line)
 {
 	u64 root = hex(&line), gva = hex(&line), gpa = hex(&line), n = hex(&line), flags = hex(&line), first = 0, at = 0;
 	if (!mode->paging)
 		return;
-	for (u64 i = 0; i < n; i++) {
-		at = leaf_entry(root, gva + i * PAGE, 1);
-		put_entry(at, (gpa + i * PAGE) | flags);
-		first = i ? first : at;
+	for (u64 off = 0; off < n * PAGE; off += PAGE << mode->bits * (level - 1)) {
+		at = entry_of(root, gva + off, level);
+		put_entry(at, (gpa + off) | flags);
+		first = off ? first : at;
 	}
 	if (n == 1)
 		event("{\"t\":\"gmap\",\"root\":\"0x%lx\",\"gva\":\"0x%lx\",\"gpa\":\"0x%lx\",\"flags\":\"0x%lx\",\"note\":\"%s\"}",
 		      root, gva, gpa, flags, line);
 	else
 		event("{\"t\":\"gmap_range\",\"root\":\"0x%lx\",\"gva\":\"0x%lx\",\"gpa\":\"0x%lx\",\"n\":%lu,\"flags\":\"0x%lx\","
-		      "\"first_pte_gpa\":\"0x%lx\",\"last_pte_gpa\":\"0x%lx\"}",
-		      root, gva, gpa, n, flags, first, at);
+		      "\"first_pte_gpa\":\"0x%lx\",\"last_pte_gpa\":\"0x%lx\"%s}",
+		      root, gva, gpa, n, flags, first, at, level > 1 ? ",\"level\":2" : "");
 }
 
-/* large ROOT GVA GPA PAGES FLAGS: the same by leaves of level 2; PAGES are of 4K all the same. */
+/* map ROOT GVA GPA PAGES FLAGS [NOTE...] */
+static void do_map(char *line)
+{
+	map_by(1, line);
+}
+
+/* large ROOT GVA GPA PAGES FLAGS: by large pages, whose leaves are of level 2. */
 static void do_large(char *line)
 {
-	u64 root = hex(&line), gva = hex(&line), gpa = hex(&line), n = hex(&line), flags = hex(&line);
-	u64 size = PAGE << mode->bits;
-	for (u64 at = 0; at < n * PAGE; at += size)
-		put_entry(leaf_entry(root, gva + at, 2), (gpa + at) | flags);
-	event("{\"t\":\"gmap_range\",\"root\":\"0x%lx\",\"gva\":\"0x%lx\",\"gpa\":\"0x%lx\",\"n\":%lu,\"flags\":\"0x%lx\","
-	      "\"level\":2}", root, gva, gpa, n, flags);
+	map_by(2, line);
 }
 
 static void put_gate(int vector, u64 target, int dpl)

@@ -46,10 +46,14 @@ def steps(text):
             found.append((word, rest[-1]))
         elif word == "clear":
             found.append((word, *(int(number, 16) for number in rest[:3]), rest[3]))
+        elif word == "large":
+            found.append(("map", *(int(number, 16) for number in rest), 2))
         elif word in ("slot", "map", "vcpu", "get", "cap", "host") and not (word == "map" and mode == "flat32"):
             count = {"slot": 4, "map": 5, "vcpu": 2, "get": 1, "cap": 2, "host": 2}[word]
             numbers = [int(number, 16) for number in rest[word == "host" :][:count]]
-            found.append((word, *(numbers if (word, mode) != ("vcpu", "flat32") else [numbers[0], 0])))
+            found.append(
+                (word, *(numbers if (word, mode) != ("vcpu", "flat32") else [numbers[0], 0]), *[1] * (word == "map"))
+            )
     return found
 
 
@@ -65,7 +69,9 @@ def recorded_steps(data):
             case "memslot":
                 found.append(("slot", *numbers(event, "slot", "gpa", "size", "flags")))
             case "gmap" | "gmap_range":
-                found.append(("map", *numbers({"n": 1} | event, "root", "gva", "gpa", "n", "flags")))
+                found.append(
+                    ("map", *numbers({"n": 1, "level": 1} | event, "root", "gva", "gpa", "n", "flags", "level"))
+                )
             case "vcpu":
                 found.append(("vcpu", *numbers(event, "vcpu", "cr3")))
             case "phase":

@@ -40,9 +40,10 @@ def test_leaves_lie_where_the_client_says(path):
     """The client noted where the first and last leaf of each range lie, and the rebuilt tables have them there."""
     words = dict(zip(*(column.tolist() for column in scenario.table_writes(scenario.load(path))[:2]), strict=True))
     ranges = [e for e in json.loads(gzip.decompress(path.read_bytes()))["events"] if e["t"] == "gmap_range"]
+    large = 1024 if "pse32" in path.name else 512
     for event in ranges:
         first, last = int(event["first_pte_gpa"], 16), int(event["last_pte_gpa"], 16)
-        end = int(event["gpa"], 16) + (event["n"] - 1) * 4096
+        end = int(event["gpa"], 16) + (event["n"] - (large if "level" in event else 1)) * 4096
         assert words[first] == int(event["gpa"], 16) | int(event["flags"], 16)
         assert words[last] == end | int(event["flags"], 16)
 
