@@ -48,6 +48,20 @@ def test_leaves_lie_where_the_client_says(path):
         assert words[last] == end | int(event["flags"], 16)
 
 
+@pytest.mark.parametrize(
+    ("cr4", "efer", "size", "places"), [("0x20", "0xd01", 1 << 21, 8), ("0x10", "0x0", 1 << 22, 4)]
+)
+def test_large_leaves_stand_one_level_up(cr4, efer, size, places):
+    """A range of level 2 has one leaf for each 2 MiB, or 4 MiB under PSE, one behind the other, and no table below."""
+    gmap = {"t": "gmap_range", "root": "0x10000", "gva": "0x40000000", "gpa": "0x1000000", "n": 2 * size >> 12,
+            "flags": "0x87", "level": 2}  # fmt: skip
+    writes = scenario.table_writes(scenario.parse(write([VCPU | {"cr4": cr4, "efer": efer}, gmap])))
+    pairs = list(zip(writes.gpa.tolist(), writes.entry.tolist(), strict=True))
+    (first, entry), (second, other) = [(gpa, entry) for gpa, entry in pairs if entry & 0x80]
+    assert (entry, other, second - first) == (0x1000087, 0x1000087 + size, places)
+    assert len(pairs) == (4 if places == 8 else 2)
+
+
 def test_dirty_bitmaps_count_what_the_client_counted():
     """A bitmap has as many bits set as the client counted when it recorded it."""
     path = DATA / "npt0_B-pae32.json.gz"
@@ -90,6 +104,10 @@ def test_a_guest_without_paging_has_no_tables():
         (
             write([{"t": "gmap", "root": 0, "gva": 0, "gpa": 0, "n": 1 << 40, "flags": 7}]),
             "expected 1 to 4,194,304 pages",
+        ),
+        (
+            write([{"t": "gmap", "root": 0, "gva": 0, "gpa": 0, "n": 512, "flags": 135, "level": 3}]),
+            "level is 3; expected 1, or 2 for large pages",
         ),
         (write([VCPU | {"cr0": -1}]), "-1 is no unsigned 64-bit number"),
         (write([VCPU | {"cr0": True}]), "True is no unsigned 64-bit number"),

@@ -311,6 +311,109 @@ def test_other_paging_modes_fault_alike_on_shadow_pages() -> None:
     assert len(set(counts)) == 1
 
 
+ENTRY = 0x12000 + 8 * 8  # of the large page that RAM is mapped by, at the same address
+
+
+def large_pages(flags: int = 0x87, *, huge: bool = False, **switches: object) -> Guest:
+    """A guest on shadow pages, with 4 MiB of RAM that is there; all it maps, its own tables too, it maps by 2 MiB."""
+    machine = guest(1024, huge=huge, nested_paging=False, **switches)
+    machine.add_slot(0, 0, 512, 0, Backing(512, content=True))
+    for slot in machine.memory.slots:
+        slot.backing.populate()
+    for at, entry in ((0x10000, 0x11027), (0x11000, 0x12027), (0x12000, 0xE7), (ENTRY, RAM << 12 | flags)):
+        machine.memory.store(at, entry, 8)
+    machine.memory.store(ENTRY + 8, RAM + 512 << 12 | flags, 8)
+    machine.vcpus[0] = VCPU(0, 0x80010033, 0x10000, 0x20, 0xD01)
+    return machine
+
+
+def edit(machine: Guest, flags: int) -> None:
+    """The guest rewrites the entry of its first large page, and flushes."""
+    machine.run(0, stream([WRITE, vm.INVLPG], [ENTRY, RAM << 12], [RAM << 12 | flags, 0]))
+
+
+def large_sptes(machine: Guest) -> int:
+    """How many large sptes map RAM."""
+    shadow = machine.shadow
+    return int(((shadow.sptes & shadow.bits.large != 0) & (shadow.gfn >= RAM)).sum())
+
+
+@pytest.mark.parametrize("release", ["6.1", "6.12"])
+def test_w_of_a_large_guest_page_waits_for_its_d(release: str) -> None:
+    """A read of a clean large page leaves W out of a whole shadow page; the store that sets D brings another one."""
+    machine = large_pages(release=release, layout=f"{release}-npt")
+    assert touch(machine, (READ, 0), (READ, 7), (READ, 8)) == ["slow", "slow"]  # its neighbours came along
+    faults = machine.run(0, stream([WRITE], [(RAM + 8) << 12])).faults
+    assert faults["code"].tolist() == [0b11] and PATHS[faults["path"][0]] == "slow"
+    assert int(machine.memory.load(np.array([ENTRY], dtype=np.uint64), 8)[0]) & 0x60 == 0x60
+    assert touch(machine, (WRITE, 9), (READ, 0), (WRITE, 1)) == ["slow"]  # page 0 is empty in the new shadow page
+    edit(machine, 0xA7)
+    assert touch(machine, (READ, 0), (READ, 8), (READ, 7)) == ["spurious"]  # D is clear: the first one is found again
+    assert sorted(page.access for page in machine.shadow.pages if page.gfn == RAM) == [5, 7]
+
+
+def test_shadow_pages_of_large_guest_pages_protect_nothing() -> None:
+    """Only the three tables of the guest are write-protected; a store to what a large page maps is not emulated."""
+    machine = large_pages(0xE7)
+    assert touch(machine, *((op, page) for page in range(0, 1024, 8) for op in (READ, WRITE))) == ["slow"] * 128
+    assert np.flatnonzero(machine.shadow.tracked).tolist() == [1024 + 0x10, 1024 + 0x11, 1024 + 0x12]
+    # A table's neighbours came along with W when a large page mapped it without.
+    store = machine.run(0, stream([WRITE, WRITE, WRITE], [0x12FF8, 0x13000, 0xF000]))
+    assert [PATHS[path] for path in store.faults["path"]] == ["emulate", "slow"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "user", "codes"),
+    [
+        (0xE7, True, []),
+        (0xE3, True, [0b101, 0b111, 0b10101]),  # U is clear
+        (0xE5, True, [0b111]),  # W is clear
+        (1 << 63 | 0xE7, True, [0b10101]),
+        (1 << 13 | 0xE7, False, [0b1001, 0b1011, 0b11001]),  # a bit of the address that a large page has not
+    ],
+)
+def test_rights_of_a_large_entry_hold_for_all_that_it_maps(flags: int, user: bool, codes: list[int]) -> None:
+    """What the entry of a large page forbids is injected as a #PF, wherever in the page the access is."""
+    machine = large_pages(flags)
+    for page in (0, 100, 511):
+        result = machine.run(0, stream([READ, WRITE, FETCH], np.full(3, (RAM + page) << 12), 0, user))
+        assert result.code[result.fault].tolist() == codes
+
+
+@pytest.mark.parametrize("release", ["6.1", "6.12"])
+def test_a_large_spte_takes_a_large_page_of_guest_and_host(release: str) -> None:
+    """Where the host has a huge page too, one spte maps 2 MiB, until a dirty log begins and after it has ended."""
+    machine = large_pages(0xE7, huge=True, release=release, layout=f"{release}-npt")
+    slot = machine.memory.slot(1)
+    assert touch(machine, *((WRITE, page) for page in range(0, 1024, 64))) == ["slow"] * 2 and large_sptes(machine) == 2
+    machine.set_flags(slot, LOG_DIRTY_PAGES)
+    assert touch(machine, (READ, 5), (WRITE, 5), (WRITE, 6), (READ, 600)) == ["slow"] * 2  # no neighbours under a log
+    assert large_sptes(machine) == 1
+    assert np.flatnonzero(machine.get_dirty_log(slot)).tolist() == [5, 6]
+    machine.set_flags(slot, 0)
+    assert touch(machine, (WRITE, 7), (WRITE, 5), (WRITE, 600)) == ["slow"] * 2 and large_sptes(machine) == 2
+
+
+def test_no_large_spte_maps_a_guest_table() -> None:
+    """A large page of guest and host in which a guest table lies is mapped by small sptes, the table without W."""
+    machine = large_pages(0xE7, huge=True)
+    table = RAM + 3 << 12
+    assert touch(machine, (WRITE, 0)) == ["slow"] and large_sptes(machine) == 1
+    machine.run(0, stream([WRITE], [ENTRY + 16], [table | 0x67]))  # a table of small pages, at gfn 3 of the large one
+    machine.memory.store(table, RAM + 700 << 12 | 0x67, 8)
+    machine.run(0, stream([READ], [(RAM + 1024) << 12]))
+    assert large_sptes(machine) == 1  # without W now
+    result = machine.run(0, stream([WRITE, WRITE], [table + 8, (RAM + 4) << 12]))
+    assert [PATHS[path] for path in result.faults["path"]] == ["slow"] and large_sptes(machine) == 0
+
+
+def test_what_is_fetched_is_never_mapped_large_under_nx_huge_pages() -> None:
+    """With nx_huge_pages a large spte has NX, so a fetch from it faults and is given small sptes, which stay."""
+    machine = large_pages(0xE7, huge=True, nx_huge_pages=True)
+    faults = machine.run(0, stream([READ, FETCH, WRITE], [(RAM + page) << 12 for page in (0, 1, 300)])).faults
+    assert faults["code"].tolist() == [0, 0b10001, 0b10] and large_sptes(machine) == 0
+
+
 def test_ept_faults_carry_what_kvm_makes_of_a_qualification() -> None:
     """On EPT a read is U, a write W, and an MMIO spte a misconfiguration: RSVD alone."""
     machine = guest(layout="6.1-ept")
