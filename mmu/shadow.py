@@ -6,13 +6,20 @@ write-protected; one at the last level may instead go *unsync*: the guest may wr
 guest flushes. Faults fill sptes, set A and D in the guest's entries, prefetch seven neighbours, or are passed on to
 the guest as its own #PF.
 
-:meth:`ShadowMMU.settle` serves, at the same time, the first fault of each group of eight sptes; a fault that needs a
-new shadow page is served alone, for that may write-protect pages of others. Only 4K guest mappings are modelled.
-Chapters 3 and 4.
+A large page of the guest's (2 MiB, or 4 MiB under PSE) has no table of its own. KVM maps it by a *direct* shadow page:
+nothing to keep in step with, nothing to write-protect. Its role holds the rights of the whole walk, W only once the
+guest's entry has D; where they change, another takes its place, and it stays to be found again. Where the host has a
+huge page there too, no guest table in it and no dirty log, one large spte takes its place.
 
-Facts: Linux 6.1 ``arch/x86/kvm/mmu/paging_tmpl.h`` (``page_fault``, ``fetch``, ``pte_prefetch``, ``invlpg``,
-``sync_page``), ``mmu.c`` (``mmu_try_to_unsync_pages``, ``kvm_mmu_get_shadow_page``, ``mmu_sync_children``,
-``kvm_mmu_pte_write``); 6.4 changed INVLPG to synchronise one spte instead of rebuilding it.
+:meth:`ShadowMMU.settle` serves, at the same time, the first fault of each group of eight sptes; a fault that needs
+another shadow page is served alone, for that may write-protect pages of others. Chapters 3 and 4.
+
+Facts: Linux 6.1 ``arch/x86/kvm/mmu/paging_tmpl.h`` (``page_fault``, ``fetch``, ``protect_clean_gpte``,
+``pte_prefetch``, ``invlpg``, ``sync_page``), ``mmu.c`` (``mmu_try_to_unsync_pages``, ``kvm_mmu_get_shadow_page``,
+``validate_direct_spte``, ``kvm_mmu_hugepage_adjust``, ``disallowed_hugepage_adjust``, ``mmu_sync_children``,
+``kvm_mmu_pte_write``); 6.4 changed INVLPG to synchronise one spte instead of rebuilding it. Of what
+is said of large pages, ``fetch`` was read in Linux 6.6 and the rest is remembered; recordings of 6.1 and 6.12
+(scenarios M and N, drawn ones) agree. That a guest's page of 1 GiB follows the same rule is inferred.
 """
 
 from __future__ import annotations
