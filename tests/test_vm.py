@@ -407,6 +407,19 @@ def test_no_large_spte_maps_a_guest_table() -> None:
     assert [PATHS[path] for path in result.faults["path"]] == ["slow"] and large_sptes(machine) == 0
 
 
+@pytest.mark.parametrize(("huge", "levels"), [(False, [1, 2]), (True, [2])])
+def test_a_guest_page_of_1_gib_has_direct_shadow_pages_below_it(huge: bool, levels: list[int]) -> None:
+    """A leaf two levels up is shadowed by direct pages down to where the host's page is, all with the same rights."""
+    machine = large_pages(huge=huge)
+    machine.memory.store(0x11008, 0x83, 8)  # gva 1 GiB on: guest-physical memory from 0 on
+    at = (1 << 30) + (RAM + np.array([0, 1, 511])) * 4096
+    result = machine.run(0, stream([WRITE, READ, INCREMENT], at, 5))
+    assert PATHS[result.faults["path"][0]] == "slow" and len(result.faults) == (1 if huge else 2)
+    direct = [page for number, page in enumerate(machine.shadow.pages) if machine.shadow.base[number] >= 0]
+    assert sorted(page.level for page in direct) == levels and {page.access for page in direct} == {3}
+    assert machine.memory.load(np.array([RAM << 12], dtype=np.uint64), 8).tolist() == [5]
+
+
 def test_what_is_fetched_is_never_mapped_large_under_nx_huge_pages() -> None:
     """With nx_huge_pages a large spte has NX, so a fetch from it faults and is given small sptes, which stay."""
     machine = large_pages(0xE7, huge=True, nx_huge_pages=True)
