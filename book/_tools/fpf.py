@@ -63,8 +63,8 @@ def _names(app, page, template, context, doctree):
     """Let a long name in code break behind a sign between its words, shorter ones in a table; elsewhere none breaks."""
 
     def joints(found):
-        long = rf'(?<=<span class="pre">)[^<]{{{10 if found["cell"] else 24},}}(?=</span>)'
-        joint = r"(?<=[_./:=,(])(?=[\w&])"
+        long = rf'(?<=<span class="pre">)[^<]{{{12 if found["cell"] else 24},}}(?=</span>)'
+        joint = r"(?<=[_/:=,(])(?=[\w&])|(?<=\.)(?=[a-z])"
         return re.sub(long, lambda name: re.sub(joint, '</span><wbr><span class="pre">', name[0]), found[0])
 
     places = r"(?P<cell><td\b.*?</td>)|<code [^>]*\bliteral\b.*?</code>"
