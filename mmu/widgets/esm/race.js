@@ -194,7 +194,7 @@ function render({ model, el }) {
       end = ` OOPS: ${game.broken}. You needed ${many(used, "move")}; ` + (used <= least ? "there is no shorter way." : `the shortest way takes ${least}.`);
     } else if (!options.length) end = ` All are done and nothing broke. Try another way${winnable ? "" : ", or let the page try them all"}.`;
     else if (dead) end = " From here OOPS can no longer happen.";
-    else if (!at && !note) end = ` Press ${line.length ? "→ to see it happen" : `${actors.map((_, a) => a).join(" or ")}: that vCPU takes its next step`}.`;
+    else if (!at && !note) end = ` Press ${line.length ? "→ to see it happen" : `${actors.slice(1).map((_, a) => a).join(", ")} or ${actors.length - 1}: that vCPU takes its next step`}.`;
     spoken.textContent = `${told} ${show(state)}.${end}`;
     spoken.dataset.ended = bad ? "oops" : dead || !options.length ? "dead" : "open";
     undo.disabled = !at;
