@@ -59,13 +59,13 @@ def test_recordings_in_one_file_are_told_apart():
 
 @pytest.mark.parametrize("name", ["npt1_tdp1_D", "npt1_tdp0_G", "npt0_E"])
 def test_where_a_piece_ends_does_not_change_findings(name):
-    """Pieces of eight kilobytes give what the whole gives, for a healthy trace and for one with a line taken out."""
+    """Pieces of sixteen kilobytes give what the whole gives, for a healthy trace and for one with a line taken out."""
     lines = list(lines_of(name))
     del lines[len(lines) // 2 : len(lines) // 2 + 2]
     for text in ("\n".join(lines_of(name)).encode("latin-1"), "\n".join(lines).encode("latin-1")):
         whole = trace.read(text)
         signs = infer.Counter(infer.signs_of(whole))
-        small = conform.judge(trace.chunks(text, 1 << 13), signs, None)
+        small = conform.judge(trace.chunks(text, 1 << 14), signs, None)
         large = conform.judge([whole], signs, None)
         assert small["findings"] == large["findings"] and small["agree"] == large["agree"]
     assert small["findings"]

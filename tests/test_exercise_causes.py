@@ -34,10 +34,10 @@ def without(change):
 
 
 @pytest.mark.parametrize(
-    ("check", "right", "wrong"),
+    ("exercise", "right", "wrong"),
     [
         (
-            causes.took_w([opened(name) for name in ("npt1_tdp1_C", "npt1_tdp1_H", "npt0_E")]),
+            lambda: causes.took_w([opened(name) for name in ("npt1_tdp1_C", "npt1_tdp1_H", "npt0_E")]),
             cause,
             [
                 without(lambda _: {"passed_on": False}),
@@ -49,7 +49,7 @@ def without(change):
             ],
         ),
         (
-            causes.faults_of_a_round(),
+            causes.faults_of_a_round,
             lambda pages, writes: len({page for page, write in zip(pages, writes, strict=True) if write}),
             [
                 lambda pages, writes: sum(writes),
@@ -58,7 +58,7 @@ def without(change):
             ],
         ),
         (
-            causes.faults_of_a_store(),
+            causes.faults_of_a_store,
             lambda entry, host: 2 if host in ("zero page", "shared") else 1,
             [
                 lambda entry, host: 1,
@@ -68,8 +68,9 @@ def without(change):
         ),
     ],
 )
-def test_chapter_4(check, right, wrong):
+def test_chapter_4(exercise, right, wrong):
     """The solution passes on every case, and each wrong try is shown the first case that contradicts it."""
+    check = exercise()
     assert check(right).right
     for answer in wrong:
         result = check(answer)

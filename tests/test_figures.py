@@ -58,7 +58,7 @@ PICTURES = {
 }
 
 
-@pytest.fixture(params=itertools.product(PICTURES, ["page", "phone"]), ids=", ".join)
+@pytest.fixture(scope="module", params=itertools.product(PICTURES, ["page", "phone"]), ids=", ".join)
 def picture(request):
     name, where = request.param
     drawn = PICTURES[name]()
@@ -89,8 +89,12 @@ def test_a_phone_gets_a_narrow_picture(picture):
     if picture.narrow is None:
         assert round(100 * picture.figure.get_size_inches()[0]) == 360
         return
-    _, about = picture._repr_mimebundle_()
-    assert base64.b64decode(about["image/png"]["narrow"]) == picture.png(narrow=True) != picture.png()
+    shown, about = picture._repr_mimebundle_()
+    assert (
+        base64.b64decode(about["image/png"]["narrow"])
+        == picture.png(narrow=True)
+        != base64.b64decode(shown["image/png"])
+    )
 
 
 def test_the_file_is_opaque_sharp_and_stable(picture):

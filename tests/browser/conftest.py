@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,9 @@ FLAGS = [
     "--disable-background-networking",
     "--disable-component-update",
     "--no-first-run",
+    # Every request that leaves this machine meets a proxy that is not there; only our own server needs none.
+    "--proxy-server=http://127.0.0.1:9",
+    "--proxy-bypass-list=127.0.0.1",
 ]
 WHY_SKIPPED = "no Chromium on this machine; on Debian: apt-get install chromium"
 
@@ -54,17 +58,14 @@ class Visit:
         self.page = page
         self.foreign: list[str] = []
         self.errors: list[str] = []
-        page.route("**/*", self._gate)
+        page.on("request", self._asks)
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.on("console", lambda line: self.errors.append(line.text) if line.type in ("error", "warning") else None)
         page.on("requestfailed", lambda request: self.errors.append(f"failed: {request.url}"))
 
-    def _gate(self, route):
-        if route.request.url.startswith(("file:", "data:", "blob:", "http://127.0.0.1")):
-            route.continue_()
-        else:
-            self.foreign.append(route.request.url)
-            route.abort()
+    def _asks(self, request) -> None:
+        if not request.url.startswith(("file:", "data:", "blob:", "http://127.0.0.1")):
+            self.foreign.append(request.url)
 
     def open(self, name: str) -> Page:
         """Open a built page by its path below the site and wait until its players are mounted."""
@@ -74,27 +75,33 @@ class Visit:
 
     def mount(self) -> None:
         """Bring every player near the screen, as a reader who scrolls does, and wait for it."""
-        players = self.page.locator(".mmu-player")
-        for number in range(players.count()):
-            players.nth(number).scroll_into_view_if_needed()
-            self.page.wait_for_function(
-                "n => ['yes', 'failed'].includes(document.querySelectorAll('.mmu-player')[n].dataset.mounted)",
-                arg=number,
-            )
+        for player in self.page.locator(".mmu-player").element_handles():
+            player.scroll_into_view_if_needed()
+            self.page.wait_for_function("player => ['yes', 'failed'].includes(player.dataset.mounted)", arg=player)
 
 
-@pytest.fixture
-def visit(chromium):
-    """Open pages: ``visit(scheme, width)`` gives a :class:`Visit`; all are closed at the end."""
-    contexts = []
-
-    def make(scheme: str = "light", width: int = 1200) -> Visit:
-        height = 844 if width < 600 else 900
-        context = chromium.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
-        context.set_default_timeout(30_000)  # a busy core is no failure
-        contexts.append(context)
-        return Visit(context.new_page())
-
-    yield make
-    for context in contexts:
+@contextmanager
+def visiting(chromium, width: int = 1200):
+    """A tab of its own in a window of this width, closed at the end."""
+    context = chromium.new_context(
+        viewport={"width": width, "height": 844 if width < 600 else 900}, color_scheme="light"
+    )
+    context.set_default_timeout(30_000)  # a busy core is no failure
+    try:
+        yield Visit(context.new_page())
+    finally:
         context.close()
+
+
+@pytest.fixture(scope="module")
+def kept(chromium):
+    """Pages opened once for all tests of a file: ``kept(name, width)``; a test first resets the player it plays."""
+    pages = {}
+    with ExitStack() as stack:
+
+        def page(name: str, width: int = 1200) -> Page:
+            if (name, width) not in pages:
+                pages[name, width] = stack.enter_context(visiting(chromium, width)).open(name)
+            return pages[name, width]
+
+        yield page

@@ -11,11 +11,11 @@ from mmu.widgets import ContentionPlayer
 PAGE = "book/11-does-it-pay.html"
 
 
-def test_contention_player(visit):
+def test_contention_player(kept):
     """After any keys the player shows the package's sentence, the sliders stand where they should, undo goes back."""
     data = ContentionPlayer().data
     sizes = [len(slider["values"]) for slider in data["sliders"]]
-    page = visit().open(PAGE)
+    page = kept(PAGE)
     player = page.locator('.mmu-player[data-player="contention"]')
     player.locator("button").last.focus()
     start = [size // 2 for size in sizes]
@@ -43,9 +43,9 @@ def test_contention_player(visit):
         assert shown == [f"{here[kind]:.1f} M/s" for kind in ("lock", "fast")]
 
 
-def test_sliders_by_keyboard_and_undo(visit):
+def test_sliders_by_keyboard_and_undo(kept):
     """A slider that has the focus is moved by its own arrow keys, and u takes the move back."""
-    page = visit(width=390).open(PAGE)
+    page = kept(PAGE, 390)
     player = page.locator('.mmu-player[data-player="contention"]')
     said = player.locator(".mmu-state").text_content()
     writes = player.get_by_role("slider", name="writes")

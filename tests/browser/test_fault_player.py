@@ -18,9 +18,9 @@ def spoken(data, fault, at):
 
 
 @pytest.mark.parametrize("width", [1200, 390])
-def test_fault_player(visit, width):
+def test_fault_player(kept, width):
     """After any keys the player shows that step's sentence, flags and line, and marks the step in its list."""
-    page = visit(width=width).open(PAGE)
+    page = kept(PAGE, width)
     player = page.locator('.mmu-player[data-player="fault"]')
     data = json.loads(player.locator("script").text_content())
     player.locator("button").first.focus()
@@ -50,10 +50,11 @@ def test_fault_player(visit, width):
             expect(player.locator(".mmu-quoted")).to_contain_text("No event")
 
 
-def test_fault_player_by_mouse(visit):
+def test_fault_player_by_mouse(kept):
     """A click on a step goes there, a click on the other fault begins it, and the steps under the lock are marked."""
-    page = visit().open(PAGE)
+    page = kept(PAGE)
     player = page.locator('.mmu-player[data-player="fault"]')
+    player.get_by_role("button", name="Reset").click()
     data = json.loads(player.locator("script").text_content())
     player.get_by_role("button", name="takes the mmu-lock").click()
     expect(player.locator(".mmu-state")).to_contain_text("under the mmu-lock")

@@ -57,9 +57,9 @@ def test_the_page_is_built():
     assert PAGE in PAGES
 
 
-def test_any_keys_show_the_packages_verdict(visit):
+def test_any_keys_show_the_packages_verdict(kept):
     """After any keys and clicks the player shows the steps, both verdicts and the shortest bad schedule."""
-    page = visit(width=390).open(PAGE)
+    page = kept(PAGE, 390)
     el = page.locator('.mmu-player[data-player="place"]')
     root = el.locator(".mmu-place")
     root.focus()
@@ -102,9 +102,9 @@ def test_any_keys_show_the_packages_verdict(visit):
         assert pressed == [chosen(state, each) for each in range(5)]
 
 
-def test_the_right_placing_by_keyboard(visit):
+def test_the_right_placing_by_keyboard(kept):
     """Nine keys lead from nothing to the one placing that no order breaks."""
-    page = visit().open(PAGE)
+    page = kept(PAGE)
     el = page.locator('.mmu-player[data-player="place"]')
     el.locator(".mmu-place").focus()
     keys = ["ArrowRight", "ArrowDown", "ArrowDown", "ArrowRight", "ArrowDown", "ArrowRight", "ArrowRight", "ArrowDown"]

@@ -20,9 +20,9 @@ def players(page, name):
     return page.locator(f'.mmu-player[data-player="{name}"]')
 
 
-def test_code_player(visit):
+def test_code_player(kept):
     """After any keys the PFEC player shows the package's flags, sentence and three verdicts for that code."""
-    page = visit().open("book/02-pfec.html")
+    page = kept("book/02-pfec.html")
     player = players(page, "codes").first
     player.locator("button").first.focus()
     code, past = 0x7, []
@@ -51,9 +51,9 @@ def test_code_player(visit):
             assert row.locator("td").all_text_contents()[1] == verdict.reason
 
 
-def test_code_player_by_mouse(visit):
+def test_code_player_by_mouse(kept):
     """A click on a switch toggles its bit, and Undo takes it back."""
-    page = visit(width=390).open("book/02-pfec.html")
+    page = kept("book/02-pfec.html", 390)
     player = players(page, "codes").first
     player.get_by_role("button", name="bit 3 RSVD").click()
     expect(player.locator(".mmu-state")).to_contain_text("0x0f")
@@ -62,9 +62,9 @@ def test_code_player_by_mouse(visit):
 
 
 @pytest.mark.parametrize("name", ASKING)
-def test_questions(visit, name):
+def test_questions(kept, name):
     """Each answer of each question, chosen by its number key, gets its own words, and exactly one is right."""
-    page = visit().open(name)
+    page = kept(name)
     for player in players(page, "question").all():
         data = json.loads(player.locator("script").text_content())
         player.locator("button").first.focus()

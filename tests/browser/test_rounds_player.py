@@ -27,9 +27,9 @@ def moved(at, key):
 
 
 @pytest.mark.parametrize("width", [1200, 390])
-def test_rounds_player(visit, width):
+def test_rounds_player(kept, width):
     """After any keys the player tells and draws the run of the simulated guest with that setting."""
-    page = visit(width=width).open(PAGE)
+    page = kept(PAGE, width)
     player = page.locator('.mmu-player[data-player="rounds"]')
     player.locator("button").first.focus()
     at, past = START, []
@@ -55,19 +55,20 @@ def test_rounds_player(visit, width):
         assert pressed == [str(interval), f"{share:.0%}", str(edits)]
 
 
-def test_rounds_player_by_mouse(visit):
+def test_rounds_player_by_mouse(kept):
     """A click on a value chooses it, and Undo takes it back."""
-    page = visit().open(PAGE)
+    page = kept(PAGE)
     player = page.locator('.mmu-player[data-player="rounds"]')
+    player.get_by_role("button", name="Reset").click()
     player.get_by_role("button", name="2048").click()
     expect(player.locator(".mmu-state")).to_contain_text("every 2048 accesses")
     player.get_by_role("button", name="Undo").click()
     expect(player.locator(".mmu-state")).to_contain_text(f"every {INTERVALS[START[0]]} accesses")
 
 
-def test_a_player_opens_at_the_printed_run(visit):
+def test_a_player_opens_at_the_printed_run(kept):
     """Chapter 2's player opens at the setting whose run its page prints, and returns there on reset."""
-    page = visit().open("book/02-pfec.html")
+    page = kept("book/02-pfec.html")
     player = page.locator('.mmu-player[data-player="rounds"]')
     expect(player.locator(".mmu-state")).to_contain_text(asked(256, 0.5, 4))
     expect(player.locator(".mmu-state")).to_contain_text("NPT: 499 faults in 6 rounds")

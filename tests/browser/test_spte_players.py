@@ -29,9 +29,9 @@ def path_of(case):
     return path
 
 
-def test_walk_player(visit):
+def test_walk_player(kept):
     """After any keys and switches the walk player shows the entries, what is left, the fault, and who denies."""
-    page = visit().open(PAGE)
+    page = kept(PAGE)
     box = player(page, "walk")
     start = (0, path_of(0), CASES[0][1], 0)
     state, past = start, []
@@ -113,9 +113,9 @@ def acted(table, word, action):
     return update.fast_page_fault(word, write=write, ad_bits=table.ad_bits, layout=layout)[0]
 
 
-def test_spte_player(visit):
+def test_spte_player(kept):
     """After any switches and actions the spte player shows the package's next word, its state and what was done."""
-    page = visit().open(PAGE)
+    page = kept(PAGE)
     box = player(page, "spte")
     start = (0, TABLES[0].start, "")
     state, past = start, []
