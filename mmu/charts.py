@@ -117,25 +117,25 @@ def explained(interval: float = 0.030, strides: Sequence[int] = (2000, 4096)) ->
     saved = cost.saved_a_page()
     span = np.geomspace(0.1, 30, 50)  # µs
     needed = []
-    with canvas(7.0, 3.8) as figure:
+    with canvas(7.0, 3.8, narrow=4.6) as figure:
         axes = figure.add_subplot()
         band = {"facecolor": PAPER, "edgecolor": FAINT, "linewidth": 0.8, "hatch": "///", "zorder": 0}
         axes.axhspan(min(rates) / 1e3, max(rates) / 1e3, **band)
         axes.axvspan(min(saved), max(saved), facecolor="#DFE3E8", edgecolor=FAINT, linewidth=0.8, zorder=0)
         plate = {"facecolor": PAPER, "edgecolor": "none", "pad": 1.5}
         middle = np.sqrt(min(rates) * max(rates)) / 1e3
-        axes.text(0.115, middle, "500 rows at each refresh", va="center", size=7.5 if is_narrow() else 9, bbox=plate)
-        size, sep = (7.5, "\n") if is_narrow() else (9, " ")
-        known = f"saved a page,\nre-spins{sep}of 2012\n(1 GiB inferred)"
-        axes.text(max(saved) * 1.06, 250, known, size=size - 1, va="center")
+        sep = "\n" if is_narrow() else " "
+        axes.text(0.115, middle, f"500 rows{sep}at each refresh", va="center", size=9, bbox=plate)
+        known = "saved a page,\nre-spins of 2012\n(1 GiB inferred)"
+        axes.text(max(saved) * 1.06, 250, known, size=9, va="center")
         for mmu, style, x, y in (
-            ("EPT", "-", 0.115, 24 if is_narrow() else 26),
-            ("soft MMU", "--", 3.4 if is_narrow() else 2.2, 45),
+            ("EPT", "-", 0.115, 29 if is_narrow() else 26),
+            ("soft MMU", "--", 2.9 if is_narrow() else 2.2, 45),
         ):
             gain = trials.seed("x11perf -comppixwin500", mmu).gain
             rate = cost.rate_to_explain(gain, span) / 1e3
             axes.plot(span, rate, color=INK, linewidth=2, linestyle=style)
-            axes.text(x, y, f"{mmu}: {100 * gain:.1f} %{sep}of the time", size=size, va="center")
+            axes.text(x, y, f"{mmu}:{sep}{100 * gain:.1f} % of{sep}the time", size=9, va="center")
             low, high = (float(cost.saving_to_explain(gain, each)) for each in (max(rates), min(rates)))
             needed.append(f"{mmu} {low:.1f} to {high:.1f}")
         _log(axes, "x", [0.1, 0.3, 1, 3, 10, 30])

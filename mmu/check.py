@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import json
+import re
 import sys
 import zlib
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from mmu import codetable, conform, litmus, replay, trace, walks
 from mmu import scenario as scenarios
 
 _HEAD = 1 << 20
+_BETWEEN = re.compile(r"[\s,:]*")  # the members of a JSON list or object
 NO_SCENARIO = "none"
 """Passed as a scenario: do not look for one, hold the trace against itself alone."""
 
@@ -107,20 +109,45 @@ def _is_litmus(raw: bytes) -> bool:
     return raw.lstrip()[:1] == b"{" and b'"tests"' in raw
 
 
+def _members(text: str, at: int) -> dict[Any, int]:
+    """Where in a JSON text the members of the list or object at ``at`` begin, by their number or name.
+
+    >>> _members('{"sc": [1, 2]}', 0), _members('{"sc": [1, 2]}', 7)
+    ({'sc': 7}, {0: 8, 1: 11})
+    """
+    decode, named, begins = json.JSONDecoder().raw_decode, text[at] == "{", {}
+    at = _BETWEEN.match(text, at + 1).end()
+    while text[at] not in "]}":
+        name, at = decode(text, at) if named else (len(begins), at)
+        begins[name] = at = _BETWEEN.match(text, at).end()
+        at = _BETWEEN.match(text, decode(text, at)[1]).end()
+    return begins
+
+
 def _litmus(path: str, raw: bytes, **_: Any) -> Checked:
     try:
-        data = json.loads(raw)
-        tests = data["tests"]
+        text = raw.decode()
+        tests = json.loads(text)["tests"]
+        if not isinstance(tests, list):
+            raise TypeError(f"'tests' is a {type(tests).__name__}")
         bad = {}
         try:
-            verdicts = litmus.check(data)  # all tests as one batch
+            verdicts = litmus.check({"tests": tests})  # all tests as one batch
         except litmus.LitmusError:
-            for number, test in enumerate(tests, 1):
+            for number, test in enumerate(tests):
                 try:
                     litmus.validate(test)
                 except litmus.LitmusError as error:
                     bad[number] = str(error)
-            verdicts = litmus.check({"tests": [test for number, test in enumerate(tests, 1) if number not in bad]})
+            verdicts = litmus.check({"tests": [test for number, test in enumerate(tests) if number not in bad]})
+        begins = _members(text, _members(text, text.index("{"))["tests"])
+        recorded_at = [
+            _members(text, begins[number])[model]
+            for number, test in enumerate(tests)
+            if number not in bad
+            for model in litmus.MODELS
+            if test.get(model) is not None
+        ]
     except (ValueError, TypeError, KeyError) as error:
         raise Unusable(f"{path}: {error}; expected an object whose 'tests' is a list of litmus tests") from None
     except RecursionError:
@@ -130,11 +157,20 @@ def _litmus(path: str, raw: bytes, **_: Any) -> Checked:
         "litmus",
         {"litmus": {"agree": sum(said == recorded for _, _, said, recorded in verdicts), "of": len(verdicts)}},
         disagreements=[
-            {"line": 0, "kind": "litmus", "predicted": said, "recorded": recorded, "reason": f"{name} under {model}"}
-            for name, model, said, recorded in verdicts
+            {
+                "line": text.count("\n", 0, at) + 1,
+                "kind": "litmus",
+                "predicted": said,
+                "recorded": recorded,
+                "reason": f"{name} under {model}",
+            }
+            for (name, model, said, recorded), at in zip(verdicts, recorded_at, strict=True)
             if said != recorded
         ],
-        unreadable=[{"line": number, "reason": f"test {number}: {reason}"} for number, reason in bad.items()],
+        unreadable=[
+            {"line": text.count("\n", 0, begins[number]) + 1, "reason": f"test {number + 1}: {reason}"}
+            for number, reason in bad.items()
+        ],
         rules="every interleaving, under SC and x86-TSO",
         complete=all(said != litmus.UNKNOWN for _, _, said, _ in verdicts),
     )

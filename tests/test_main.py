@@ -116,18 +116,31 @@ def test_check_litmus(capsys):
     assert record["files"][0]["counts"] == {"litmus": {"agree": 186, "of": 186}}
 
 
-def test_check_litmus_names_what_it_cannot_read(capsys, tmp_path):
-    """A test in another form is named with its reason, and the others are still compared; a wrong verdict is found."""
+@pytest.mark.parametrize("indent", [None, 0, 2])
+def test_check_litmus_names_what_it_cannot_read(capsys, tmp_path, indent):
+    """A test in another form is named with its line, the others are compared, a wrong verdict is named with its own."""
     data = json.loads(LITMUS.read_text())
     data["tests"] = data["tests"][:5]
     data["tests"][1]["threads"][0][0][0] = "TELEPORT"
     data["tests"][2]["sc"] = {"allowed": "forbidden", "forbidden": "allowed"}[data["tests"][2]["sc"]]
     changed = tmp_path / "litmus.json"
-    changed.write_text(json.dumps(data))
+    changed.write_text(text := "\n" + json.dumps(data, indent=indent))
     code, record, _ = run(capsys, "check", str(changed))
     assert code == 1
     assert (record["agree"], record["of"]) == (7, 8)
-    assert "TELEPORT" in record["files"][0]["unreadable"][0]["reason"]
+    [unread], [wrong] = record["files"][0]["unreadable"], record["files"][0]["disagreements"]
+    assert "TELEPORT" in unread["reason"]
+    _, second, third, *_ = (text.index(f'"{test["name"]}"') for test in data["tests"])
+    begins, verdict = text.rindex("{", 0, second), text.index('"sc": ', third)
+    assert [unread["line"], wrong["line"]] == [text.count("\n", 0, at) + 1 for at in (begins, verdict)]
+
+
+@pytest.mark.parametrize("tests", ["3", '"SB"', '{"SB": {}}', "null", "[[]"])
+def test_check_litmus_wants_a_list(capsys, tmp_path, tests):
+    """What stands where the list of tests is expected, and is none, makes the file unusable."""
+    (odd := tmp_path / "odd.json").write_text(f'{{"tests": {tests}}}')
+    code, _, err = run(capsys, "check", str(odd))
+    assert code == 2 and "expected an object whose 'tests' is a list" in err
 
 
 TRACES = Path(__file__).parent / "data/kvm-traces"

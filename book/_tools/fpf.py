@@ -60,10 +60,15 @@ def _narrow(app, page, template, context, doctree):
 
 
 def _names(app, page, template, context, doctree):
-    """Let a long name break at its underscores and dots, and nowhere else."""
-    if page.endswith(("/kernel-names", "/my-guest")):
-        literal = r'(?<=<span class="pre">)[^<]*(?=</span>)'
-        context["body"] = re.sub(literal, lambda name: re.sub(r"([_.])(?=\w)", r"\1<wbr>", name[0]), context["body"])
+    """Let a long name in code break behind a sign between its words, shorter ones in a table; elsewhere none breaks."""
+
+    def joints(found):
+        long = rf'(?<=<span class="pre">)[^<]{{{12 if found["cell"] else 24},}}(?=</span>)'
+        joint = r"(?<=[_/:=,(])(?=[\w&])|(?<=\.)(?=[a-z])"
+        return re.sub(long, lambda name: re.sub(joint, '</span><wbr><span class="pre">', name[0]), found[0])
+
+    places = r"(?P<cell><td\b.*?</td>)|<code [^>]*\bliteral\b.*?</code>"
+    context["body"] = re.sub(places, joints, context.get("body", ""), flags=re.DOTALL)
 
 
 def _plain_value(docstring):

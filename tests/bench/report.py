@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 from tests import plain_trace
-from tests.bench.trace import FLAT, repeated
+from tests.bench.trace import peak_row, repeated
 
 SIZE = 1_000_000_000
 TARGET = 120.0  # seconds
@@ -58,16 +58,7 @@ def rows(size: int = SIZE) -> list[dict[str, object]]:
             "target": TARGET,
             "met": seconds <= TARGET,
         },
-        {
-            "name": f"trace report, peak memory for {size / 1e6:.0f} MB",
-            "ours": round(much, 1),
-            "peer": f"the same for {size / 8e6:.0f} MB",
-            "peer_value": round(little, 1),
-            "unit": "MB",
-            "ratio": round(much / little, 2),
-            "target": FLAT,
-            "met": much <= FLAT * little,
-        },
+        peak_row("trace report", size, much, little),
     ]
 
 

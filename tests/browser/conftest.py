@@ -75,9 +75,14 @@ class Visit:
 
     def mount(self) -> None:
         """Bring every player near the screen, as a reader who scrolls does, and wait for it."""
-        for player in self.page.locator(".mmu-player").element_handles():
-            player.scroll_into_view_if_needed()
-            self.page.wait_for_function("player => ['yes', 'failed'].includes(player.dataset.mounted)", arg=player)
+        self.page.evaluate("""async () => {
+          const last = performance.now() + 30000;
+          for (const player of document.querySelectorAll(".mmu-player")) {
+            player.scrollIntoView({ block: "nearest" });
+            while (!["yes", "failed"].includes(player.dataset.mounted) && performance.now() < last)
+              await new Promise(requestAnimationFrame);
+          }
+        }""")
 
 
 @contextmanager

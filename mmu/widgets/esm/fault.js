@@ -48,8 +48,8 @@ function render({ model, el }) {
   el.append(
     h("div", { class: "mmu-which", role: "group", "aria-label": "Fault" }, tabs),
     h("div", { class: "mmu-beside" }, h("div", {}, lists), h("div", {}, spoken, line)),
-    h("p", { class: "mmu-legend" }, "●\u00a0recorded\u2003○\u00a0done without an event\u2003",
-      h("span", { class: "mmu-swatch" }), "\u00a0under the mmu-lock"),
+    h("p", { class: "mmu-legend" }, h("span", {}, "● recorded"), h("span", {}, "○ done without an event"),
+      h("span", {}, h("span", { class: "mmu-swatch" }), " under the mmu-lock")),
     h("div", { class: "mmu-controls" }, back, next, undo,
       h("button", { type: "button", onclick: () => state.reset() }, "Reset"),
       h("span", { class: "mmu-keys" }, "Click or Tab here, then: ← → step, " +

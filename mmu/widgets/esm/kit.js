@@ -12,6 +12,21 @@ const h = (tag, attributes = {}, ...children) => {
   return element;
 };
 
+// What stands above a player's buttons stays as high as it has been, so that the buttons stay where they are.
+const steady = (el) => {
+  let width = 0, highest = new Map();
+  const settle = () => {
+    const controls = [...el.children].findIndex((child) => child.matches(".mmu-controls"));
+    const above = [...el.children].slice(0, Math.max(controls, 0));
+    if (el.clientWidth !== width) { width = el.clientWidth; highest = new Map(); }
+    above.forEach((child) => { child.style.minHeight = ""; child.style.boxSizing = "border-box"; });
+    const heights = above.map((child) => Math.max(child.offsetHeight, highest.get(child) ?? 0));
+    above.forEach((child, i) => { highest.set(child, heights[i]); child.style.minHeight = `${heights[i]}px`; });
+  };
+  new MutationObserver(settle).observe(el, { childList: true, characterData: true, subtree: true });
+  new ResizeObserver(() => el.clientWidth !== width && settle()).observe(el);
+};
+
 // Keys of a player: {ArrowLeft: f, u: f}. They count while the focus is anywhere inside it. Keys that a player uses,
 // and every key inside its controls, stop here: JupyterLab in command mode would take them on their way up.
 const onKeys = (el, keys) => {
@@ -25,6 +40,7 @@ const onKeys = (el, keys) => {
     if (action && !native) { action(); event.preventDefault(); }
     if (inside || action) event.stopPropagation();
   });
+  steady(el);
 };
 
 // Grey a button out without taking its focus away, as `disabled` would: the next key must still find the player.

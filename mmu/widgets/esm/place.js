@@ -73,9 +73,10 @@ function render({ model, el }) {
   el.classList.add("mmu-place");
   el.append(
     h("div", {}, choices.map(({ line }) => line)),
-    h("div", { class: "mmu-actors" }, sides.map(({ box }) => box)), spoken, heading, lanes,
+    h("div", { class: "mmu-actors" }, sides.map(({ box }) => box)), spoken,
     h("div", { class: "mmu-controls" }, undo, h("button", { type: "button", onclick: () => { row = 0; state.reset(); } }, "Reset"),
-      h("span", { class: "mmu-keys" }, "Click or Tab here, then: ↑ ↓ pick a line, ← → change it, U undo, R reset")));
+      h("span", { class: "mmu-keys" }, "Click or Tab here, then: ↑ ↓ pick a line, ← → change it, U undo, R reset")),
+    heading, lanes);
   onKeys(el, { ArrowLeft: () => step(-1), ArrowRight: () => step(1), ArrowUp: () => pick(-1), ArrowDown: () => pick(1),
     u: () => state.undo(), r: () => { row = 0; state.reset(); } });
   el.tabIndex = 0;

@@ -1,5 +1,7 @@
 // The race game: the reader schedules vCPUs on the program's own state graph, which Python computed and named.
 const SHAPE = ["●", "■", "▲"];
+const SEEN = { SC: "a store is seen by all at once", TSO: "a store waits in its vCPU's buffer until it drains" };
+const DRAIN = ["q", "w", "e"]; // the key that drains the buffer of vCPU 0, 1, 2
 const SIGN = { barrier: "━", succeeded: "◆", failed: "◇", drain: "↓" };
 
 // The invariant's text on one state's values: names, numbers, comparisons, not, and, or, parentheses.
@@ -68,7 +70,7 @@ function render({ model, el }) {
     if (end) return `vCPU ${actor} is done.`;
     const waits = /  wait (.+)/.exec(next)?.[1];
     if (waits) return `vCPU ${actor} waits until this holds: ${waits}.`;
-    return buffer.length ? `vCPU ${actor} must wait until its store buffer is empty: drain it.` : `vCPU ${actor} waits for the lock.`;
+    return buffer.length ? `vCPU ${actor} must wait until its store buffer is empty: drain it (${DRAIN[actor].toUpperCase()}).` : `vCPU ${actor} waits for the lock.`;
   };
   // Where a vCPU has the choice of a path, its digit asks and the path's letter answers: the first of its name that no other key has.
   const letters = {};
@@ -132,7 +134,8 @@ function render({ model, el }) {
     const next = h("code", { class: "mmu-next" }), buffer = h("span", { class: "mmu-buffer" }), knows = h("span", { class: "mmu-knows" });
     const options = h("div", { class: "mmu-options" });
     const card = h("div", { class: "mmu-actor", "data-actor": a, role: "group", "aria-label": `vCPU ${a}: ${role}` },
-      h("span", {}, h("strong", {}, h("span", { class: "mmu-shape", "aria-hidden": "true" }, SHAPE[a]), ` vCPU ${a}`), ` ${role}`), next, knows, buffer, options);
+      h("span", {}, h("strong", {}, h("span", { class: "mmu-shape", "aria-hidden": "true" }, SHAPE[a]), ` vCPU ${a}`), " ",
+        role.split(/(?<=_)/).flatMap((part, i) => i ? [h("wbr"), part] : [part])), next, knows, buffer, options);
     return { card, next, buffer, knows, options };
   });
   const lanes = h("ol", { class: "mmu-lanes", tabindex: 0, "aria-label": "Moves so far" });
@@ -190,8 +193,9 @@ function render({ model, el }) {
     if (bad) {
       const least = left[0], used = at;
       end = ` OOPS: ${game.broken}. You needed ${many(used, "move")}; ` + (used <= least ? "there is no shorter way." : `the shortest way takes ${least}.`);
-    } else if (!options.length) end = winnable ? " All are done and nothing broke." : " All are done and nothing broke. Try another way, or let the page try them all.";
-    else if (dead) end = " From here OOPS can no longer happen.";
+    } else if (!options.length) end = ` All are done and nothing broke. Try another way (U undoes, R starts over)${winnable ? "" : ", or let the page try them all"}.`;
+    else if (dead) end = " From here OOPS can no longer happen. Undo (U) or step back.";
+    else if (!at && !note) end = ` Press ${line.length ? "→ to see it happen" : `${actors.slice(1).map((_, a) => a).join(", ")} or ${actors.length - 1}: that vCPU takes its next step`}.`;
     spoken.textContent = `${told} ${show(state)}.${end}`;
     spoken.dataset.ended = bad ? "oops" : dead || !options.length ? "dead" : "open";
     undo.disabled = !at;
@@ -217,14 +221,14 @@ function render({ model, el }) {
 
   el.classList.add("mmu-race");
   el.append(
-    h("p", { class: "mmu-title" }, h("strong", {}, game.title), ` · ${game.memory}, ${many(shared.length, "state")}. OOPS when `, game.invariant === "0" ? game.broken : h("code", {}, game.invariant)),
-    wordBox, h("div", { class: "mmu-actors" }, cards.map(({ card }) => card)), spoken, lanes,
+    h("p", { class: "mmu-title" }, h("strong", {}, game.title), ` · ${game.memory}: ${SEEN[game.memory]}. ${many(shared.length, "state")} can be reached. OOPS when `, game.invariant === "0" ? game.broken : h("code", {}, game.invariant)),
+    wordBox, h("div", { class: "mmu-actors" }, cards.map(({ card }) => card)), spoken,
     h("div", { class: "mmu-controls" }, undo, forward, again, stepBack, best, all, link,
       h("span", { class: "mmu-keys" }, `Click or Tab here, then: ${actors.map((_, a) => a).join(" ")} step that vCPU`
-        + (game.memory === "TSO" ? `, ${["Q", "W", "E"].slice(0, actors.length).join(" ")} (or Shift and the digit) drain its buffer` : "")
+        + (game.memory === "TSO" ? `, ${DRAIN.slice(0, actors.length).join(" ").toUpperCase()} (or Shift and the digit) drain its buffer` : "")
         + (Object.keys(letters).length ? `; where a vCPU has a choice, its digit and then ${Object.entries(letters).map(([path, letter]) => `${letter.toUpperCase()} ${path}`).join(", ")}` : "")
         + ", U or ← undo, → redo, R reset")),
-    proof,
+    lanes, proof, // they grow: what is pressed stays where it is
     h("details", { class: "mmu-program" }, h("summary", {}, "The program, with comments"),
       h("pre", { tabindex: 0, "aria-label": "The program" }, game.program),
       // a notebook has no such page beside it
@@ -232,7 +236,7 @@ function render({ model, el }) {
   el.tabIndex = 0;
   el.setAttribute("role", "group");
   el.setAttribute("aria-label", `${game.title}: race game`);
-  const drains = Object.fromEntries(["q", "w", "e"].slice(0, actors.length).map((key, a) => [key, () => act(a, true)]));
+  const drains = Object.fromEntries(DRAIN.slice(0, actors.length).map((key, a) => [key, () => act(a, true)]));
   const digits = Object.fromEntries(actors.map((_, a) => [String(a), () => act(a, false)]));
   el.addEventListener("keydown", (event) => { // Shift and a digit, where that types another sign
     const digit = event.shiftKey && !/^\d$/.test(event.key) && /^Digit([0-2])$/.exec(event.code)?.[1];
