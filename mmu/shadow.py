@@ -18,7 +18,7 @@ Facts: Linux 6.1 ``arch/x86/kvm/mmu/paging_tmpl.h`` (``page_fault``, ``fetch``, 
 ``pte_prefetch``, ``invlpg``, ``sync_page``), ``mmu.c`` (``mmu_try_to_unsync_pages``, ``kvm_mmu_get_shadow_page``,
 ``validate_direct_spte``, ``kvm_mmu_hugepage_adjust``, ``disallowed_hugepage_adjust``, ``mmu_sync_children``,
 ``kvm_mmu_pte_write``); 6.4 changed INVLPG to synchronise one spte instead of rebuilding it. Of what
-is said of large pages, ``fetch`` was read in Linux 6.6 and the rest is remembered; recordings of 6.1 and 6.12
+is said of large pages, ``fetch`` was read in a later 6.x kernel and the rest is remembered; recordings of 6.1 and 6.12
 (scenarios M and N, drawn ones) agree. That a guest's page of 1 GiB follows the same rule is inferred.
 """
 
