@@ -76,6 +76,11 @@ FLOOD = 3  # writes to a write-protected upper table after which KVM gives up sh
 CACHED_ROOTS = 3  # previous roots that a vCPU keeps (KVM_MMU_NUM_PREV_ROOTS)
 
 
+def _stores(op: NDArray[np.uint8]) -> Bools:
+    """Which operations store: WRITE and INCREMENT of ``mmu.vm``, whose floor is above this one ``# (access,)``."""
+    return (op == 1) | (op == 2)
+
+
 class Walk(NamedTuple):
     """What the guest's own tables say of each access: all arrays ``# (access,)`` or ``# (access, level)``."""
 
@@ -546,7 +551,7 @@ class ShadowMMU:
             mapped = self._mapped(page, entry, word, part.gva[waiting])
             lead = np.minimum(lead, _first_of(tables, denied, mapped, waiting.size))
             done = allowed & (np.arange(waiting.size, dtype=np.int64) < lead)
-            store = done & ((part.op[waiting] == 1) | (part.op[waiting] == 2))
+            store = done & _stores(part.op[waiting])
             self.sptes[page[done], entry[done]] |= self.bits.a
             self.sptes[page[store], entry[store]] |= self.bits.d
             frame = self.gfn[page[done], entry[done]].astype(np.uint64) << np.uint64(12)
@@ -571,7 +576,7 @@ class ShadowMMU:
         """The CPU's walk of the shadow pages: last-level page, entry, spte, and whether it allows the access."""
         page, entry = self._find(self._root(cpu).pages, part.gva)
         word = np.where(page >= 0, self.sptes[page, entry], np.uint64(0))
-        write, fetch = (part.op == 1) | (part.op == 2), part.op == 3
+        write, fetch = _stores(part.op), part.op == 3
         need = np.where(write, CAN_WRITE, np.where(fetch, CAN_FETCH, CAN_READ))
         allowed = (self.bits.rights(word) & need != 0) & (~part.user | (word & self.bits.user != 0))
         return page, entry, word, allowed
@@ -622,7 +627,7 @@ class ShadowMMU:
 
     def _rights(self, cpu: Any, part: Any, walk: Walk) -> Index:
         """What KVM grants by the guest's walks: W waits for the store that sets D."""
-        write = (part.op == 1) | (part.op == 2)
+        write = _stores(part.op)
         rights = walk.rights.copy()
         rights[~write & (walk.leaf & paging.D == 0)] &= ~WRITE
         lent = write & (rights & WRITE == 0)  # CR0.WP is clear, and a supervisor stores through a read-only entry
@@ -677,7 +682,7 @@ class ShadowMMU:
         """Serve faults of different groups; say which accesses are over (the others are tried again)."""
         bits, memory = self.bits, self.memory
         part = part.take(which)
-        write, fetch = (part.op == 1) | (part.op == 2), part.op == 3
+        write, fetch = _stores(part.op), part.op == 3
         gfn = (walk.gpa >> np.uint64(12)).astype(np.int64)
         special = (page >= 0) & (self.mmio[page, entry] >= 0)
         present = word & bits.present != 0
@@ -727,7 +732,7 @@ class ShadowMMU:
     ) -> None:  # fmt: skip
         """The guest allows these accesses: mark its entries, find the host pages, build the sptes, prefetch."""
         bits, memory = self.bits, self.memory
-        write = (part.op == 1) | (part.op == 2)
+        write = _stores(part.op)
         gfn = (walk.gpa >> np.uint64(12)).astype(np.int64)
         index = self._indices(gfn)
         slot, _ = memory.locate(gfn)
