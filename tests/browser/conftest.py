@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Locator, Page, sync_playwright
 
 ROOT = Path(__file__).parents[2]
 SITE = ROOT / "_build/html"
@@ -52,10 +51,11 @@ def chromium():
 
 
 class Visit:
-    """An opened page with what went wrong on it: requests to other hosts, failed ones, and console errors."""
+    """A tab, and what went wrong on the page in it: requests to other hosts, failed ones, and console errors."""
 
     def __init__(self, page: Page) -> None:
         self.page = page
+        self.name = ""
         self.foreign: list[str] = []
         self.errors: list[str] = []
         page.on("request", self._asks)
@@ -67,8 +67,17 @@ class Visit:
         if not request.url.startswith(("file:", "data:", "blob:", "http://127.0.0.1")):
             self.foreign.append(request.url)
 
-    def open(self, name: str) -> Page:
-        """Open a built page by its path below the site and wait until its players are mounted."""
+    def resize(self, width: int) -> None:
+        """Give the window this width, and a phone's height if it is one."""
+        self.page.set_viewport_size({"width": width, "height": 844 if width < 600 else 900})
+
+    def open(self, name: str, width: int = 1200) -> Page:
+        """Open a built page by its path below the site, in light, and wait until its players are mounted."""
+        self.name = name
+        self.foreign.clear()
+        self.errors.clear()
+        self.resize(width)
+        self.page.emulate_media(color_scheme="light")
         self.page.goto((SITE / name).as_uri(), wait_until="load")
         self.mount()
         return self.page
@@ -85,28 +94,70 @@ class Visit:
         }""")
 
 
-@contextmanager
-def visiting(chromium, width: int = 1200):
-    """A tab of its own in a window of this width, closed at the end."""
-    context = chromium.new_context(
-        viewport={"width": width, "height": 844 if width < 600 else 900}, color_scheme="light"
-    )
+@pytest.fixture(scope="session")
+def tab(chromium):
+    """One tab, in which the tests open one page after another: a new tab costs as much as two pages."""
+    context = chromium.new_context()
     context.set_default_timeout(30_000)  # a busy core is no failure
-    try:
-        yield Visit(context.new_page())
-    finally:
-        context.close()
+    yield Visit(context.new_page())
+    context.close()
 
 
 @pytest.fixture(scope="module")
-def kept(chromium):
-    """Pages opened once for all tests of a file: ``kept(name, width)``; a test first resets the player it plays."""
-    pages = {}
-    with ExitStack() as stack:
+def kept(tab):
+    """``kept(name, width)``: a page, opened anew only if another is open; a test first resets the player it plays."""
+    tab.name = ""  # another file's tests may have changed the page
 
-        def page(name: str, width: int = 1200) -> Page:
-            if (name, width) not in pages:
-                pages[name, width] = stack.enter_context(visiting(chromium, width)).open(name)
-            return pages[name, width]
+    def page(name: str, width: int = 1200) -> Page:
+        if tab.name != name or "#" in tab.page.url:
+            return tab.open(name, width)
+        tab.resize(width)
+        return tab.page
 
-        yield page
+    return page
+
+
+PLAY = """async (root, [moves, read]) => {
+  const said = eval(read), heard = [];
+  for (const move of moves) {
+    if (Array.isArray(move)) {
+      const target = root.querySelectorAll(move[0])[move[1]];
+      target.focus();
+      target.click();
+    } else {
+      const shifted = move.startsWith("Shift+"), name = move.replace("Shift+", "");
+      const digit = name.startsWith("Digit");
+      const key = digit ? name.at(-1) : name;
+      const event = { key, code: digit ? name : "", shiftKey: shifted, bubbles: true, cancelable: true };
+      document.activeElement.dispatchEvent(new KeyboardEvent("keydown", event));
+    }
+    await null; // what waits for the end of the event happens
+    heard.push(said(root));
+  }
+  return heard;
+}"""
+
+
+def played(root: Locator, moves: list, read: str, done: set | None = None) -> list:
+    """Play a player: what ``read``, a function of its root in JavaScript, gives after each of the moves.
+
+    A move is a key as Playwright names it, or the n-th of what a selector finds, to be clicked: ``(selector, n)``. Each
+    kind of move comes once from the keyboard or the mouse. Its repeats are events made in the page: between them no
+    picture is drawn, which is most of what a key costs. ``done`` holds the kinds that came already, on this page.
+    """
+    done = set() if done is None else done
+    heard: list = []
+    while len(heard) < len(moves):
+        move = moves[len(heard)]
+        if move in done:
+            rest = moves[len(heard) :]
+            known = next((place for place, each in enumerate(rest) if each not in done), len(rest))
+            heard += root.evaluate(PLAY, [rest[:known], read])
+            continue
+        done.add(move)
+        if isinstance(move, str):
+            root.page.keyboard.press(move)
+        else:
+            root.locator(move[0]).nth(move[1]).click()
+        heard.append(root.evaluate(read))
+    return heard
