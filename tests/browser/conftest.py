@@ -117,6 +117,7 @@ def kept(tab):
     return page
 
 
+SAID = """root => root.querySelector(".mmu-state").textContent"""  # for played: what a player says
 PLAY = """async (root, [moves, read]) => {
   const said = eval(read), heard = [];
   for (const move of moves) {
@@ -146,18 +147,17 @@ def played(root: Locator, moves: list, read: str, done: set | None = None) -> li
     picture is drawn, which is most of what a key costs. ``done`` holds the kinds that came already, on this page.
     """
     done = set() if done is None else done
+    kinds = [move if isinstance(move, str) else move[0] for move in moves]
     heard: list = []
-    while len(heard) < len(moves):
-        move = moves[len(heard)]
-        if move in done:
-            rest = moves[len(heard) :]
-            known = next((place for place, each in enumerate(rest) if each not in done), len(rest))
-            heard += root.evaluate(PLAY, [rest[:known], read])
+    while (at := len(heard)) < len(moves):
+        known = next((place for place in range(at, len(moves)) if kinds[place] not in done), len(moves))
+        if known > at:
+            heard += root.evaluate(PLAY, [moves[at:known], read])
             continue
-        done.add(move)
-        if isinstance(move, str):
-            root.page.keyboard.press(move)
+        done.add(kinds[at])
+        if isinstance(moves[at], str):
+            root.page.keyboard.press(moves[at])
         else:
-            root.locator(move[0]).nth(move[1]).click()
+            root.locator(kinds[at]).nth(moves[at][1]).click()
         heard.append(root.evaluate(read))
     return heard

@@ -8,6 +8,8 @@ from playwright.sync_api import expect
 
 from mmu.widgets import ContentionPlayer
 
+from .conftest import played
+
 PAGE = "book/11-does-it-pay.html"
 
 
@@ -17,12 +19,14 @@ def test_contention_player(kept):
     sizes = [len(slider["values"]) for slider in data["sliders"]]
     page = kept(PAGE)
     player = page.locator('.mmu-player[data-player="contention"]')
+    player.get_by_role("button", name="Reset").click()
     player.locator("button").last.focus()
     start = [size // 2 for size in sizes]
     place, past = list(start), []
     moves = {"ArrowLeft": (0, -1), "ArrowRight": (0, 1), "ArrowUp": (2, 1), "ArrowDown": (2, -1)}
-    for key in random.Random(2012).choices([*moves, "w", "u", "r"], weights=[3, 4, 3, 3, 4, 2, 1], k=60):
-        page.keyboard.press(key)
+    keys = random.Random(2012).choices([*moves, "w", "u", "r"], weights=[3, 4, 3, 3, 4, 2, 1], k=60)
+    told = []
+    for key in keys:
         before = list(place)
         if key in moves:
             which, by = moves[key]
@@ -36,17 +40,21 @@ def test_contention_player(kept):
         if key not in "ur" and place != before:
             past.append(before)
         here = data["states"][(place[0] * sizes[1] + place[1]) * sizes[2] + place[2]]
-        expect(player.locator(".mmu-state")).to_have_text(here["said"])
-        values = player.locator("input").evaluate_all("inputs => inputs.map(input => Number(input.value))")
-        assert values == place
-        shown = player.locator(".mmu-bar-number").all_text_contents()
-        assert shown == [f"{here[kind]:.1f} M/s" for kind in ("lock", "fast")]
+        told.append([here["said"], list(place), [f"{here[kind]:.1f} M/s" for kind in ("lock", "fast")]])
+    read = """root => [
+      root.querySelector(".mmu-state").textContent,
+      [...root.querySelectorAll("input")].map(input => Number(input.value)),
+      [...root.querySelectorAll(".mmu-bar-number")].map(bar => bar.textContent),
+    ]"""
+    for key, heard, expected in zip(keys, played(player, keys, read), told, strict=True):
+        assert heard == expected, key
 
 
 def test_sliders_by_keyboard_and_undo(kept):
     """A slider that has the focus is moved by its own arrow keys, and u takes the move back."""
     page = kept(PAGE, 390)
     player = page.locator('.mmu-player[data-player="contention"]')
+    player.get_by_role("button", name="Reset").click()
     said = player.locator(".mmu-state").text_content()
     writes = player.get_by_role("slider", name="writes")
     writes.focus()

@@ -27,8 +27,8 @@ ONE_TOKEN_OF_A_KIND = """() => {
   }
   for (const signature of document.querySelectorAll("dl.py dt")) signature.textContent = signature.textContent;
 }"""
-# Contrast costs most, and is the same wherever colour, size and all that shines through are: of texts alike in these, on
-# all pages, one is judged. What is taken out of the flow may cover something, so its classes count too.
+# Contrast costs most, and is the same wherever colour, size and all that shines through are: of texts alike in these,
+# on all pages, one is judged. What is taken out of the flow may cover something, so its classes count too.
 ONE_TEXT_OF_A_KIND = """seen => {
   const kinds = new Set(seen), behind = new Map();
   const look = (element) => {

@@ -10,6 +10,8 @@ from playwright.sync_api import expect
 from mmu import rounds
 from mmu.widgets.rounds import EDITS, INTERVALS, MACHINES, SHARES, SHOWN, asked, told
 
+from .conftest import played
+
 PAGE = "book/04-why-w-goes.html"
 SIZES = (len(INTERVALS), len(SHARES), len(EDITS))
 START = (1, 1, 0)
@@ -31,11 +33,11 @@ def test_rounds_player(kept, width):
     """After any keys the player tells and draws the run of the simulated guest with that setting."""
     page = kept(PAGE, width)
     player = page.locator('.mmu-player[data-player="rounds"]')
+    player.get_by_role("button", name="Reset").click()
     player.locator("button").first.focus()
-    at, past = START, []
+    at, past, told_after = START, [], []
     keys = random.Random(4).choices(["ArrowRight", "ArrowLeft", "w", "e", "u", "r"], [4, 4, 3, 3, 3, 1], k=14)
     for key in keys:
-        page.keyboard.press(key)
         if key == "u":
             at = past.pop() if past else at
         elif key == "r":
@@ -46,13 +48,18 @@ def test_rounds_player(kept, width):
         interval, share, edits = INTERVALS[at[0]], SHARES[at[1]], EDITS[at[2]]
         results = [rounds.run(name, interval, share, edits=edits, rounds=SHOWN) for name in MACHINES]
         sentences = [told(name, result) for name, result in zip(MACHINES, results, strict=True)]
-        expect(player.locator(".mmu-state")).to_have_text(" ".join([asked(interval, share, edits), *sentences]))
-        for result, table in zip(results, player.locator("table").all(), strict=True):
-            faults = [int(text) for text in table.locator(".mmu-total").all_text_contents()]
-            assert faults == result.table().sum(axis=1).tolist()
-            assert [int(text) for text in table.locator("td:nth-child(3)").all_text_contents()] == result.dirty.tolist()
-        pressed = player.locator('.mmu-tabs button[aria-pressed="true"]').all_text_contents()
-        assert pressed == [str(interval), f"{share:.0%}", str(edits)]
+        tables = [[result.table().sum(axis=1).tolist(), result.dirty.tolist()] for result in results]
+        pressed = [str(interval), f"{share:.0%}", str(edits)]
+        told_after.append([" ".join([asked(interval, share, edits), *sentences]), tables, pressed])
+    read = """root => {
+      const texts = (all, selector) => [...all.querySelectorAll(selector)].map(each => each.textContent);
+      const numbers = (table, selector) => texts(table, selector).map(Number);
+      const tables = [...root.querySelectorAll("table")].map(table =>
+        [numbers(table, ".mmu-total"), numbers(table, "td:nth-child(3)")]);
+      return [texts(root, ".mmu-state")[0].trim(), tables, texts(root, '.mmu-tabs button[aria-pressed="true"]')];
+    }"""
+    for key, heard, expected in zip(keys, played(player, keys, read), told_after, strict=True):
+        assert heard == expected, key
 
 
 def test_rounds_player_by_mouse(kept):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 
 import numpy as np
-from playwright.sync_api import expect
 
 from mmu import paging, pfec, spte, update
 from mmu.widgets.spte import ACTIONS, TABLES
 from mmu.widgets.walk import ACCESSES, CASES, LEVELS, NEEDS, RIGHTS
+
+from .conftest import played
 
 PAGE = "book/03-spte.html"
 BIT = {"W": 1 << 1, "U": 1 << 2, "X": 1 << 63}
@@ -40,13 +41,15 @@ def test_walk_player(kept):
         r + str(n) for r in RIGHTS for n in LEVELS
     ]
     box.locator("button").first.focus()
-    for move in random.Random(3).choices(moves, k=70):
+    moves = random.Random(3).choices(moves, k=70)
+    pressed, told = [], []
+    for move in moves:
         case, path, name, asked = state
         if move[0] in RIGHTS and len(move) == 2:
-            box.get_by_role("button", name=f"{move[0]} of level {move[1]}").press("Space")
+            pressed.append((".mmu-bit", LEVELS.index(int(move[1])) * len(RIGHTS) + RIGHTS.index(move[0])))
             new = (case, {**path, int(move[1]): path[int(move[1])] ^ BIT[move[0]]}, name, 0)
         else:
-            page.keyboard.press(move)
+            pressed.append(move)
             if move in "1234":
                 new = (case, path, name, int(move))
             elif move == "a":
@@ -63,27 +66,30 @@ def test_walk_player(kept):
         state = case, path, name, asked = new
         words = np.array([[path[level] for level in LEVELS]], dtype=np.uint64)
         out = paging.access(words, **ACCESSES[name])
-        text = box.locator(".mmu-state").text_content()
-        if out.fault[0]:
-            code = int(out.code[0])
-            assert f"{name} faults with {code:#04x} {pfec.PFEC.text(code)}: " in text
-        else:
-            assert f"{name} passes: " in text
+        code = int(out.code[0])
+        said = [f"{name} faults with {code:#04x} {pfec.PFEC.text(code)}: " if out.fault[0] else f"{name} passes: "]
         walk = out.walk
         left = [
             right for right, on in zip(RIGHTS, (walk.writable, walk.user_page, walk.executable), strict=True) if on[0]
         ]
-        assert text.startswith(f"At the page: {' '.join(left) or 'nothing'}; ")
-        assert box.locator("td code").all_text_contents() == [f"{path[level]:#x}" for level in LEVELS]
         has = {level: "".join(r for r in RIGHTS if bool(path[level] & BIT[r]) != (r == "X")) for level in LEVELS}
         if asked:
             verb = "permits" if set(NEEDS[name]) <= set(has[asked]) else "denies"
-            assert f" Level {asked} {verb} it: " in text
-        shown = box.locator(".mmu-left").evaluate_all("cells => cells.map(cell => cell.dataset.on)")
-        kept = [set(has[4]), *[set()] * 3]
+            said.append(f" Level {asked} {verb} it: ")
+        kept_on = [set(has[4]), *[set()] * 3]
         for i in (1, 2, 3):
-            kept[i] = kept[i - 1] & set(has[LEVELS[i]])
-        assert shown == [str(right in rights).lower() for rights in kept for right in RIGHTS]
+            kept_on[i] = kept_on[i - 1] & set(has[LEVELS[i]])
+        shown = [str(right in rights).lower() for rights in kept_on for right in RIGHTS]
+        begins = f"At the page: {' '.join(left) or 'nothing'}; "
+        told.append((begins, said, [f"{path[level]:#x}" for level in LEVELS], shown))
+    read = """root => [
+      root.querySelector(".mmu-state").textContent,
+      [...root.querySelectorAll("td code")].map(code => code.textContent),
+      [...root.querySelectorAll(".mmu-left")].map(cell => cell.dataset.on),
+    ]"""
+    for move, (text, *heard), (begins, said, *expected) in zip(moves, played(box, pressed, read), told, strict=True):
+        assert text.startswith(begins) and all(part in text for part in said), move
+        assert heard == expected, move
 
 
 def acted(table, word, action):
@@ -121,16 +127,16 @@ def test_spte_player(kept):
     state, past = start, []
     box.locator("button").first.focus()
     rng = random.Random(2012)
+    moves, told = [], []
     for move in rng.choices([*"0123401234", "ArrowLeft", "ArrowRight", "u", "r", *["bit"] * 5], k=120):
         kind, word, _ = before = state
         table = TABLES[kind]
         if move == "bit":
             name = rng.choice(table.bits)
-            button = box.locator(".mmu-bits:not([hidden]) .mmu-bit", has=page.get_by_text(name, exact=True))
-            button.press("Space")
+            moves.append((".mmu-bits:not([hidden]) .mmu-bit", list(table.bits).index(name)))
             state = (kind, word ^ spte.LAYOUTS[table.layout].bits.mask(name), "")
         else:
-            page.keyboard.press(move)
+            moves.append(move)
             if move in "01234":
                 act = list(ACTIONS.values())[int(move)]
                 said = act(table, np.array([word], dtype=np.uint64)).said[0]
@@ -146,6 +152,8 @@ def test_spte_player(kept):
             past.append(before)
         kind, word, said = state
         name = spte.STATES[spte.classify(word, TABLES[kind].layout, 1)]
-        expect(box.locator(".mmu-spte-word")).to_have_text(f"{word:#x}")
-        text = box.locator(".mmu-state").text_content()
-        assert text.startswith(f"{said} Now {word:#x}: {name}; the CPU " if said else f"{word:#x}: {name}; the CPU ")
+        now = f"{word:#x}: {name}; the CPU "
+        told.append((f"{word:#x}", f"{said} Now {now}" if said else now))
+    read = """root => [".mmu-spte-word", ".mmu-state"].map(selector => root.querySelector(selector).textContent)"""
+    for move, (shown, text), (word, begins) in zip(moves, played(box, moves, read), told, strict=True):
+        assert shown == word and text.startswith(begins), move
