@@ -6,6 +6,9 @@ READY  := $(VENV)/.ready
 SOURCES := _config.yml _toc.yml $(shell find book mmu -type f -not -path '*/__pycache__/*' -not -path '*/.ipynb_checkpoints/*')
 CHAPTERS := $(sort $(wildcard book/*.ipynb))
 
+# A hundred interpreters start in `make test`; each would compile the package anew where this is set.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: book test site bench measure wheel lab chapters text fold capture lint clean
 
 book: _build/html/index.html
@@ -71,5 +74,5 @@ $(READY): requirements.txt pyproject.toml
 	  echo "This Python cannot make environments; on Debian the package python3-venv adds that."; \
 	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq python3-venv; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
 	@touch $@

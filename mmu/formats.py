@@ -108,10 +108,14 @@ class Format:
     ) -> tuple[Bools, Bools, Bools]:
         """Say of each entry whether it is present, whether it is malformed (if present), and whether it is a leaf."""
         present = entry & np.uint64(self.present) != 0
-        leaf = entry & PS != 0 if level in self.large else np.full(np.shape(entry), level == 1, dtype=np.bool)
-        as_leaf, as_table = (np.uint64(self.reserved(level, kind, maxphyaddr)) for kind in (True, False))
-        malformed = entry & np.where(leaf, as_leaf, as_table) != 0
-        if self.nx:
+        if level in self.large:
+            leaf = entry & PS != 0
+            as_leaf, as_table = (np.uint64(self.reserved(level, kind, maxphyaddr)) for kind in (True, False))
+            malformed = entry & np.where(leaf, as_leaf, as_table) != 0
+        else:
+            leaf = np.full(np.shape(entry), level == 1, dtype=np.bool)
+            malformed = entry & np.uint64(self.reserved(level, level == 1, maxphyaddr)) != 0
+        if self.nx and not np.all(nxe):
             malformed = malformed | (~np.asarray(nxe, dtype=np.bool) & (entry & NX != 0))
         if self.memory_type:
             low = (entry & np.uint64(7)).astype(np.intp)

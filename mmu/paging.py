@@ -1,10 +1,11 @@
 """The rules of a page walk: permissions ANDed over its levels, the fault an access takes, the bits it leaves behind.
 
 :func:`judge` is the heart, a dozen lines that chapter 2 shows and has the reader write; :func:`descend` follows
-entries down to the leaf; :func:`access` is both, for whole arrays at once. An entry set is an array
-``# (access, level)``, root first, its last column the level of 4K pages; every other argument is a scalar or an array
-``# (access,)``. The error code's bits are named in :mod:`mmu.pfec`, the formats of entries in ``mmu.formats``; tables
-in memory are ``mmu.tables``. :func:`fault_codes` is the same rule for tens of millions of leaves, by look-up.
+entries down to the leaf, :func:`follow` those that are read on the way; :func:`access` is both, for whole arrays at
+once. An entry set is an array ``# (access, level)``, root first, its last column the level of 4K pages; every other
+argument is a scalar or an array ``# (access,)``. The error code's bits are named in :mod:`mmu.pfec`, the formats of
+entries in ``mmu.formats``; tables in memory are ``mmu.tables``. :func:`fault_codes` is the same rule for tens of
+millions of leaves, by look-up.
 
 Sources: Intel SDM 3A 4.5 to 4.7 for the rules; Linux 6.1 ``arch/x86/kvm/mmu`` (``permission_fault``,
 ``reset_rsvds_bits_mask``, ``walk_addr_generic``) for what KVM's own walker makes of them.
@@ -12,6 +13,7 @@ Sources: Intel SDM 3A 4.5 to 4.7 for the rules; Linux 6.1 ``arch/x86/kvm/mmu`` (
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -117,26 +119,47 @@ def descend(entries: NDArray[np.uint64], *, nxe: Flags = True, maxphyaddr: int =
     """Follow entries ``# (access, level)`` from the root until one is a leaf, not present, or malformed.
 
     Entries below that one are not looked at. Fewer columns than the format has levels are its lowest levels, so a
-    lone leaf is one column. The loop runs over the (at most five) levels, never over accesses.
+    lone leaf is one column.
     """
     entries = as_words(entries, "entries")  # (access, level)
     shape = np.broadcast_shapes(entries.shape[:-1], np.shape(nxe))
-    walking, present, reserved = np.ones(shape, np.bool), np.ones(shape, np.bool), np.zeros(shape, np.bool)
-    rights = np.full(shape, fmt.rights, dtype=np.uint64)
-    level_reached, last = np.zeros(shape, dtype=np.uint8), np.zeros(shape, dtype=np.uint64)
-    used = np.zeros((*shape, entries.shape[-1]), dtype=np.bool)
-    for level in range(entries.shape[-1], 0, -1):
-        entry = entries[..., -level]
+    columns = entries.shape[-1]
+    return follow(lambda level, _: entries[..., -level], columns, shape, nxe=nxe, maxphyaddr=maxphyaddr, fmt=fmt)
+
+
+def follow(
+    read: Callable[[int, NDArray[np.uint64]], NDArray[np.uint64]], levels: int, shape: tuple[int, ...], *,
+    nxe: Flags = True, maxphyaddr: int = 52, fmt: Format = LONG4,
+) -> Descent:  # fmt: skip
+    """As :func:`descend`, but what an entry is is asked when the walk gets there: in memory, say.
+
+    The loop runs over the (at most five) levels, never over accesses.
+
+    Args:
+        read: of a level and the entries that the walks read last ``# (access,)`` the entries of that level; what it
+            gives for a walk that has ended is not looked at.
+        levels: how many there are.
+        shape: of one level's entries.
+    """
+    walking, reserved = np.ones(shape, np.bool), np.zeros(shape, np.bool)
+    rights, last = np.full(shape, fmt.rights, dtype=np.uint64), np.zeros(shape, dtype=np.uint64)
+    level_reached = np.full(shape, levels, dtype=np.uint8)
+    used = np.zeros((*shape, levels), dtype=np.bool)
+    denials = np.uint64(fmt.denials)
+    for level in range(levels, 0, -1):
+        entry = read(level, last)
         is_present, malformed, leaf = fmt.examine(entry, level, maxphyaddr, nxe)
-        level_reached[walking] = level
         last = np.where(walking, entry, last)
-        present &= ~walking | is_present
-        reserved |= walking & present & malformed
-        walking &= present & ~reserved
+        walking = walking & is_present
+        if malformed.any():
+            reserved |= walking & malformed
+            walking &= ~malformed
         used[..., -level] = walking
         if level not in fmt.plain:
-            rights = np.where(walking, rights & (entry ^ np.uint64(fmt.denials)), rights)
+            rights = np.where(walking, rights & (entry ^ denials), rights)
         walking &= ~leaf
+        level_reached -= walking.view(np.uint8)
+    present = last & np.uint64(fmt.present) != 0
     return Descent(used, level_reached, last, present, reserved, rights)
 
 
@@ -166,13 +189,15 @@ def access(
     implicit: Flags = False,
     maxphyaddr: int = 52,
     fmt: Format = LONG4,
+    walk: Descent | None = None,
 ) -> Outcome:
     """Make accesses through entries ``# (access, level)`` and say of each whether it faults and what it leaves behind.
 
     ``implicit`` marks the CPU's own supervisor accesses (to descriptor tables, say): they count as supervisor's
     whatever ``user`` says, and EFLAGS.AC does not excuse them from SMAP. An access that faults leaves the entries as
     they were; one that succeeds sets A in every entry it used and, if it writes, D in the leaf. (A CPU may set A on
-    the way to a fault; KVM's walker, whose rule this is, does not.)
+    the way to a fault; KVM's walker, whose rule this is, does not.) ``walk`` is what :func:`follow` gave for these
+    entries, where it was asked.
 
     Raises:
         ValueError: some access both writes and fetches, or ``entries`` has no level, or ``pkru`` leaves 32 bits.
@@ -193,7 +218,8 @@ def access(
         raise ValueError("an access is both write and fetch; expected read, write or fetch")
     if (keys := as_words(pkru, "pkru")).size and keys.max() > 0xFFFFFFFF:
         raise ValueError(f"pkru is {int(keys.max()):#x}; expected 32 bits, two a key")
-    walk = descend(entries, nxe=nxe, maxphyaddr=maxphyaddr, fmt=fmt)
+    if walk is None:
+        walk = descend(entries, nxe=nxe, maxphyaddr=maxphyaddr, fmt=fmt)
     key = keys >> (walk.leaf >> PKEY_LOW & PKEY_TOP) * np.uint64(2)
     keyed = pke & np.bool(fmt in (LONG4, LONG5))
     fault, code = judge(

@@ -145,7 +145,7 @@ class GuestMemory:
         index = np.empty(gfn.shape, dtype=np.int64)
         for position, slot in enumerate(self.slots):
             offset = gfn - slot.base
-            inside = (offset >= 0) & (offset < slot.pages)
+            inside = offset.view(np.uint64) < np.uint64(slot.pages)  # a negative offset is a large number
             if inside.all():
                 return np.full(gfn.shape, position, dtype=np.int16), offset + slot.first
             where[inside] = position
@@ -270,10 +270,14 @@ class GuestMemory:
         """Read words of ``width`` bytes at guest-physical addresses; 0 where no slot is or no bytes are kept."""
         out = np.zeros(address.shape, dtype=np.uint64)
         for slot in self.slots:
-            offset = address.astype(np.int64) - slot.base * PAGE
-            inside = (offset >= 0) & (offset < slot.pages * PAGE)
-            if slot.backing.bytes is not None and inside.any():
-                out[inside] = self.words(slot, width)[offset[inside] // width]
+            if slot.backing.bytes is None:
+                continue
+            offset = address - np.uint64(slot.base * PAGE)  # below the slot it wraps, so one comparison is enough
+            inside = offset < np.uint64(slot.pages * PAGE)
+            word = offset >> np.uint64(width.bit_length() - 1)
+            if inside.all():
+                return self.words(slot, width)[word.view(np.int64)].astype(np.uint64)
+            out[inside] = self.words(slot, width)[word[inside].view(np.int64)]
         return out
 
     def set_bits(self, address: NDArray[np.uint64], bits: NDArray[np.uint64], width: int) -> None:

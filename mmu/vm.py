@@ -376,32 +376,32 @@ class Guest:
             return Walk(part.gva, clean, zero, none, none.astype(np.bool), none, none, rights, level, zero)
         shape = (count, fmt.levels)
         entry_gpa, entries = np.zeros(shape, dtype=np.uint64), np.zeros(shape, dtype=np.uint64)
-        read = np.zeros(shape, dtype=np.bool)
-        table = np.full(count, cpu.cr3 & ~(0x1F if fmt is paging.PAE else 0xFFF), dtype=np.uint64)
-        memory_op = part.op < INVLPG
-        going = memory_op
-        for level in range(fmt.levels, 0, -1):
+        root = np.full(count, cpu.cr3 & ~(0x1F if fmt is paging.PAE else 0xFFF), dtype=np.uint64)
+
+        def read(level: int, above: Words) -> Words:
             column = fmt.levels - level
+            table = above & paging.PFN if column else root
             entry_gpa[:, column] = table + fmt.index(part.gva, level) * np.uint64(fmt.entry_bytes)
-            read[:, column] = going
-            entry = np.where(going, self.memory.load(entry_gpa[:, column], fmt.entry_bytes), np.uint64(0))
-            entries[:, column] = entry
-            leaf = (entry & paging.PS != 0) if level in fmt.large else np.full(count, level == 1, dtype=np.bool)
-            going = going & (entry & paging.P != 0) & ~leaf
-            table = entry & paging.PFN
+            entries[:, column] = self.memory.load(entry_gpa[:, column], fmt.entry_bytes)
+            return entries[:, column]
+
+        flags = cpu.flags
+        found = paging.follow(
+            read, fmt.levels, (count,), nxe=flags["nxe"], maxphyaddr=cpu.maxphyaddr, fmt=fmt
+        )  # fmt: skip
+        memory_op = part.op < INVLPG
         store = (part.op == WRITE) | (part.op == INCREMENT)
         out = paging.access(
             entries, write=store, fetch=part.op == FETCH, user=part.user, maxphyaddr=cpu.maxphyaddr, fmt=fmt,
-            **cpu.flags,
+            walk=found, **flags,
         )  # fmt: skip
-        found = out.walk
         size = np.uint64(1) << np.array([0, *(fmt.shift(level) for level in range(1, fmt.levels + 1))], dtype=np.uint64)
         offset = size[found.level] - np.uint64(1)
         gpa = (found.leaf & paging.PFN & ~offset) | (part.gva & offset)
         last = found.level[:, None] <= np.arange(fmt.levels, 0, -1, dtype=np.uint8)  # (access, level)
         rights = found.executable * EXEC | found.writable * MAY_WRITE | found.user_page * USER
         return Walk(
-            gpa, out.fault & memory_op, out.code, entry_gpa, read & last, entries, out.entries,
+            gpa, out.fault & memory_op, out.code, entry_gpa, last & memory_op[:, None], entries, out.entries,
             rights.astype(np.int64), found.level, found.leaf,
         )  # fmt: skip
 
