@@ -69,25 +69,25 @@ def files(picture):
     return shown["image/png"], base64.b64decode(about["image/png"]["narrow"])
 
 
-def drawn_texts(figure):
-    """(text, box in pixels of the page) of every word in a figure."""
-    canvas = FigureCanvasAgg(figure)
+def assert_words_keep_apart_and_inside(figure):
+    """No two texts overlap by more than a pixel, and none leaves the figure."""
+    renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw_without_rendering()
-    texts = [text for axes in figure.axes for text in axes.texts if text.get_text().strip()]
-    return [(text.get_text(), text.get_window_extent(canvas.get_renderer())) for text in texts]
-
-
-@pytest.mark.parametrize("where", ["figure", "narrow"])
-def test_words_keep_apart_and_inside(picture, where):
-    """No two texts overlap by more than a pixel, and none leaves the picture."""
-    figure = getattr(picture, where)
-    texts = drawn_texts(figure)
+    words = [text for axes in figure.axes for text in axes.texts if text.get_text().strip()]
+    texts = [(text.get_text(), text.get_window_extent(renderer)) for text in words]
     width, height = figure.bbox.size
+    assert texts
     for text, box in texts:
         assert -1 <= box.x0 and box.x1 <= width + 1 and -1 <= box.y0 and box.y1 <= height + 1, text
     for (one, a), (other, b) in itertools.combinations(texts, 2):
         overlap = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
         assert min(overlap) <= 1.5, (one, other, overlap)
+
+
+@pytest.mark.parametrize("where", ["figure", "narrow"])
+def test_words_keep_apart_and_inside(picture, where):
+    """No two texts overlap by more than a pixel, and none leaves the picture."""
+    assert_words_keep_apart_and_inside(getattr(picture, where))
 
 
 def test_a_phone_gets_a_narrow_picture(picture, files):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_figures import drawn_texts
+from test_figures import assert_words_keep_apart_and_inside
 
 from mmu import handling, prices, published, trace
 from mmu.widgets import FaultPlayer
@@ -40,13 +40,8 @@ def test_pictures_state_what_they_show(faults):
 def test_words_keep_apart_and_inside(faults, draw):
     """No two words of a picture overlap, and none leaves it."""
     picture = prices.side_by_side(faults) if draw == "side" else prices.price_by_vcpus()
-    width, height = picture.figure.bbox.size
-    texts = drawn_texts(picture)
-    for i, (text, box) in enumerate(texts):
-        assert -1 <= box.x0 and box.x1 <= width + 1 and -1 <= box.y0 and box.y1 <= height + 1, text
-        for other, a in texts[:i]:
-            overlap = min(a.x1, box.x1) - max(a.x0, box.x0), min(a.y1, box.y1) - max(a.y0, box.y0)
-            assert min(overlap) <= 1.5, (text, other)
+    assert_words_keep_apart_and_inside(picture.figure)
+    assert_words_keep_apart_and_inside(picture.narrow)
 
 
 def test_the_player_quotes_the_kernel(faults):
