@@ -156,6 +156,7 @@ FIELDS = {  # event: its fields
 }  # fmt: skip
 
 
+@cache
 def event_of(line):
     """The event that a line tells of; None for the client's markers and for other lines."""
     match = EVENT.search(line)
