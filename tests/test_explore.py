@@ -511,7 +511,8 @@ def test_stopped_on_the_command_line(capsys):
 
 def test_ctrl_c_on_the_command_line():
     """Ctrl-C ends a long search with exit code 3 and one JSON object with what was found by then."""
-    command = [sys.executable, "-m", "mmu", "explore", "--model", "looping", "--vcpus", "8", "--json"]
+    search = "explore --model looping --vcpus 24 --canonical --json"  # minutes, in steps that fit into memory
+    command = [sys.executable, "-m", "mmu", *search.split()]
     root = Path(__file__).parents[1]
     with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as search:
         assert "states" in search.stderr.read(30)  # the progress line, which comes after a second
