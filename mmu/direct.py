@@ -8,7 +8,9 @@ at the same time, then the second, and so on: the loop runs over faults per unit
 
 Facts: Linux 6.1 ``arch/x86/kvm/mmu/mmu.c`` (``direct_page_fault``, ``fast_page_fault``, ``__direct_map``,
 ``direct_pte_prefetch_many``, ``handle_mmio_page_fault``), ``spte.c`` (``make_spte``), ``tdp_mmu.c``
-(``kvm_tdp_mmu_map``; since 6.3 it splits a huge page on a fault where 6.1 zaps it).
+(``kvm_tdp_mmu_map``; since 6.2 it splits a huge page on a fault where 6.1 zaps it). What the kernel does otherwise:
+prefetch goes on behind a slot's border that is no multiple of eight pages; with Intel's page-modification logging KVM
+clears D where this module clears W.
 """
 
 from __future__ import annotations
@@ -73,6 +75,7 @@ class DirectMMU:
         rights: what the CPU may do with each page ``# (index,)``, be it through a 4K or a 2M spte.
         mmio: the generation of each MMIO spte ``# (index,)``, -1 where there is none.
         blocks: the 2M entries ``# (block,)``: 0, ``TABLE``, or a large spte.
+        fetched: that a fetch made the table there, under ``nx_huge_pages`` ``# (block,)``.
     """
 
     def __init__(self, memory: GuestMemory, kernel: Kernel) -> None:
@@ -83,6 +86,7 @@ class DirectMMU:
         self.rights = np.zeros(0, dtype=np.uint8)
         self.mmio = np.zeros(0, dtype=np.int64)
         self.blocks = np.zeros(0, dtype=np.uint64)
+        self.fetched = np.zeros(0, dtype=np.bool)
         self._block_of: dict[int, int] = {}  # a slot's first index -> its first block
         self._lead = np.zeros(0, dtype=np.int64)
         self._closed: dict[int, int] = {}  # a slot's first index -> that of its first page that may not be open
@@ -103,6 +107,7 @@ class DirectMMU:
                 self._block_of[slot.first] = self.blocks.size
                 count = (slot.base + slot.pages - 1) // HUGE_PAGES - slot.base // HUGE_PAGES + 1
                 self.blocks = np.concatenate([self.blocks, np.zeros(count, dtype=np.uint64)])
+                self.fetched = np.concatenate([self.fetched, np.zeros(count, dtype=np.bool)])
 
     def slot_added(self, slot: Slot) -> None:
         """A slot came where guests had met holes: their MMIO sptes stay until someone faults on them."""
@@ -299,10 +304,13 @@ class DirectMMU:
         wants_huge = (
             done & self.memory.may_be_huge(t.slot, gfn) & ~logged & memory.host_property(t.slot, t.index, "mapped_huge")
         )
-        if self.kernel.nx_huge_pages:
-            wants_huge &= ~t.fetch & (self.blocks[block] != TABLE)
+        if self.kernel.nx_huge_pages:  # small sptes stay: 6.1 all of them, 6.12 those that were made for a fetch
+            stays = (self.blocks[block] == TABLE) & (self.fetched[block] | np.bool(self.kernel.release == "6.1"))
+            wants_huge &= ~t.fetch & ~stays
         self._install_huge(t, gfn, block, wants_huge, answer.pfn, writable)
         small = done & ~wants_huge
+        made = np.flatnonzero(small & (self.blocks[block] != TABLE))[::-1]  # of several faults the first decides
+        self.fetched[block[made]] = t.fetch[made]
         self._make_table(t.slot[small], gfn[small], block[small], large[small])
         which = t.index[small]
         self.sptes[which] = self._make(
@@ -467,10 +475,12 @@ class DirectMMU:
         last = np.append(word[1:] != word[:-1], True)
         head = np.append(True, last[:-1])
         low, high = slot.base + page[head], slot.base + page[last]  # (bitmap word,)
-        blocks = np.unique(np.concatenate([low, high]) // HUGE_PAGES)
+        blocks, high = np.concatenate([low, high]) // HUGE_PAGES, np.tile(high, 2)
         if self.kernel.eager_page_split and self.kernel.uses_tdp_mmu:
-            self._split_at(slot, blocks)
-        self._protect_large(slot, blocks, for_good=True)
+            # 6.1 splits up to ``high`` without it: a block whose first page is the last one named stays whole.
+            reached = (blocks * HUGE_PAGES < high) | np.bool(self.kernel.release == "6.12")
+            self._split_at(slot, np.unique(blocks[reached]))
+        self._protect_large(slot, np.unique(blocks), for_good=True)
 
     def _large_blocks(self, slot: Slot, number: Index) -> tuple[NDArray[np.int16], Index, Index]:
         gfn = number * HUGE_PAGES
@@ -482,6 +492,7 @@ class DirectMMU:
     def _split_at(self, slot: Slot, number: Index) -> None:
         position, gfn, block = self._large_blocks(slot, number)
         if block.size:
+            self.fetched[block] = False
             self._split(position, gfn, block)
 
     def _protect_large(self, slot: Slot, number: Index, *, for_good: bool = False) -> None:

@@ -17,9 +17,14 @@ another shadow page is served alone, for that may write-protect pages of others.
 Facts: Linux 6.1 ``arch/x86/kvm/mmu/paging_tmpl.h`` (``page_fault``, ``fetch``, ``protect_clean_gpte``,
 ``pte_prefetch``, ``invlpg``, ``sync_page``), ``mmu.c`` (``mmu_try_to_unsync_pages``, ``kvm_mmu_get_shadow_page``,
 ``validate_direct_spte``, ``kvm_mmu_hugepage_adjust``, ``disallowed_hugepage_adjust``, ``mmu_sync_children``,
-``kvm_mmu_pte_write``); 6.4 changed INVLPG to synchronise one spte instead of rebuilding it. Of what
-is said of large pages, ``fetch`` was read in a later 6.x kernel and the rest is remembered; recordings of 6.1 and 6.12
-(scenarios M and N, drawn ones) agree. That a guest's page of 1 GiB follows the same rule is inferred.
+``kvm_mmu_pte_write``), read in later 6.1 and 6.x trees; 6.4 changed INVLPG to synchronise one spte instead of
+rebuilding it. Recordings of 6.1 and 6.12 (scenarios M and N, drawn ones) agree.
+
+What the kernel does otherwise: 6.1 maps a guest's page of 1 GiB in small pages throughout where the tables of the walk
+lie in it (``is_self_change_mapping``), here only the blocks with tables are small; a role does not tell EFER.NXE or the
+paging mode apart, so that vCPUs in different modes can share shadow pages there; a second increment by the same
+instruction of the same guest table is emulated, not tried again (read after 6.12, of 6.1 remembered); 6.1 drops the
+shadow pages of a table that the delivery of an event touches.
 """
 
 from __future__ import annotations
@@ -110,7 +115,7 @@ class Page:
     quadrant: int
     mode: tuple[Any, ...]
     unsync: bool = False
-    fetched: bool = False  # made in place of a large spte that could not be executed (nx_huge_page_disallowed)
+    fetched: bool = False  # made for a fetch under nx_huge_pages, whether or not it could be large otherwise
     roots: int = 0
     valid: bool = True
     parents: set[tuple[int, int]] = field(default_factory=set)  # (page, entry) that point here
@@ -369,6 +374,7 @@ class ShadowMMU:
             for _, _, page in rest[CACHED_ROOTS:]:
                 self._free((page,))
             pages = (held[0][2],) if held else self._load(cpu)
+            self.writes[pages[0]] = 0  # a root that is taken up again counts its stores anew
             self.roots[cpu.number] = Roots(roots.mode, cpu.cr3, pages, rest[:CACHED_ROOTS])
         self._root(cpu)
         self._sync_roots(cpu)
@@ -419,7 +425,7 @@ class ShadowMMU:
         renew = same & special
         self.mmio[number, entry[renew]] = self.memory.generation
         keep = same & ~special
-        if self.kernel.release == "6.12":  # since 6.3 an spte whose rights stay the same is left alone
+        if self.kernel.release == "6.12":  # since 6.4 an spte whose rights stay the same is left alone
             keep &= access != self.access[number, entry]
         entry, gfn, access = entry[keep], gfn[keep], access[keep]
         old = self.sptes[number, entry]
@@ -970,6 +976,12 @@ class ShadowMMU:
         """Write-protect pages for the dirty log, wherever they are mapped: only W goes."""
         if index.size and len(self.sptes):
             self.sptes[self._mapping(index)] &= ~self.bits.w
+
+    def log_cleared(self, index: Index) -> None:
+        """KVM_CLEAR_DIRTY_LOG found these pages dirty: large sptes left alone until now lose W for good."""
+        if self.memory.manual and self.memory.initially_set and self.has_large:
+            where = self._mapping(index) & self._is_large(self.sptes)
+            self.sptes[where] &= ~(self.bits.w | self.bits.mmu_w)
 
     def log_stopped(self, slot: Slot) -> None:
         """The dirty log is off: small sptes of large guest pages go where the host has a huge page."""

@@ -23,7 +23,7 @@ Index = NDArray[np.int64]
 Bools = NDArray[np.bool]
 
 LOG_DIRTY_PAGES, READONLY = 1, 2  # memory slot flags (linux/kvm.h)
-RING_RESERVE = 64  # entries of a dirty ring that KVM keeps for itself (6.1 dirty_ring.c)
+RING_RESERVE = 64  # entries of a dirty ring that KVM keeps for itself (6.1 dirty_ring.c); 512 more where PML logs
 GENERATION = 2  # what one change adds: one for each address space (6.1 ``kvm_swap_active_memslots``)
 HOLE = -1  # the slot of a gfn that no slot covers
 

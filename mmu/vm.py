@@ -193,6 +193,7 @@ class Guest:
         """KVM_CLEAR_DIRTY_LOG for pages ``first`` on: the named dirty pages become clean and write-protected."""
         found = self.memory.clear_dirty_log(slot, first, bits)
         self.direct.log_cleared(slot, found)
+        self.shadow.log_cleared(found)
         self._protect(found)
 
     def harvest(self, vcpu: int) -> Index:

@@ -12,7 +12,7 @@ from mmu import kernel, play, scenario, spte, vm
 from mmu.host import HUGE_PAGES, Backing
 from mmu.kernel import FAULT, PATHS, Kernel
 from mmu.slots import LOG_DIRTY_PAGES, READONLY
-from mmu.vm import FETCH, INCREMENT, READ, VCPU, WRITE, Guest, replay_words, stream
+from mmu.vm import CR3, FETCH, INCREMENT, READ, VCPU, WRITE, Guest, replay_words, stream
 from tests.machines import RAM, Machine
 from tests.test_replay import DATA
 
@@ -227,6 +227,34 @@ def test_nx_huge_pages_are_split_by_a_fetch() -> None:
     assert [hex(code) for code in result.faults["code"]] == ["0x100000006", "0x100000015", "0x100000006"]
 
 
+@pytest.mark.parametrize(("release", "op", "faults"), [("6.1", READ, 2), ("6.12", READ, 1), ("6.12", FETCH, 2)])
+def test_nx_huge_pages_keep_small_what_was_fetched(release: str, op: int, faults: int) -> None:
+    """A table made for a fetch stays, and in 6.1 any other table too; in 6.12 a huge page takes that one's place."""
+    backing = Backing(HUGE_PAGES, huge=True)
+    backing.populate()
+    switches = {"nx_huge_pages": True, "tdp_mmu": False, "release": release, "layout": f"{release}-npt"}
+    machine = guest(HUGE_PAGES, LOG_DIRTY_PAGES, backing=backing, **switches)
+    assert touch(machine, (op, 0)) == ["slow"]
+    machine.set_flags(machine.memory.slots[0], 0)
+    assert touch(machine, (WRITE, 0), (WRITE, 100)) == ["slow"] * faults
+
+
+@pytest.mark.parametrize(("release", "whole"), [("6.1", 1), ("6.12", 0)])
+def test_a_cleared_bit_splits_the_huge_page_it_is_in(release: str, whole: int) -> None:
+    """Clearing one bit of a log that began all set splits that huge page; 6.1 not where it is the page's first."""
+    backing = Backing(2 * HUGE_PAGES, huge=True)
+    backing.populate()
+    machine = guest(2 * HUGE_PAGES, backing=backing, release=release, layout=f"{release}-npt")
+    machine.memory.manual = machine.memory.initially_set = True
+    slot = machine.memory.slots[0]
+    touch(machine, (WRITE, 0), (WRITE, HUGE_PAGES))
+    machine.set_flags(slot, LOG_DIRTY_PAGES)
+    machine.clear_dirty_log(slot, 7, np.ones(1, dtype=np.bool))
+    machine.clear_dirty_log(slot, HUGE_PAGES, np.ones(1, dtype=np.bool))
+    assert (machine.direct.blocks & machine.direct.bits.large != 0).tolist() == [False, bool(whole)]
+    assert touch(machine, (WRITE, 8), (WRITE, HUGE_PAGES + 8)) == ["fast not fixed"] * whole
+
+
 def test_prefetch_fills_the_aligned_eight() -> None:
     """The legacy MMU fills up to seven neighbours from resident, writable host pages, the TDP MMU none."""
     for tdp_mmu, faults in ((True, 16), (False, 2)):
@@ -392,6 +420,34 @@ def test_a_large_spte_takes_a_large_page_of_guest_and_host(release: str) -> None
     assert np.flatnonzero(machine.get_dirty_log(slot)).tolist() == [5, 6]
     machine.set_flags(slot, 0)
     assert touch(machine, (WRITE, 7), (WRITE, 5), (WRITE, 600)) == ["slow"] * 2 and large_sptes(machine) == 2
+
+
+def test_a_cleared_bit_takes_w_from_a_large_spte_for_good() -> None:
+    """Where the log began all set, clearing a page's bit leaves its large spte without W and without MMU_W."""
+    machine = large_pages(0xE7, huge=True)
+    slot = machine.memory.slot(1)
+    machine.memory.manual = machine.memory.initially_set = True
+    touch(machine, (WRITE, 0), (WRITE, 600))
+    machine.set_flags(slot, LOG_DIRTY_PAGES)
+    machine.clear_dirty_log(slot, 3, np.ones(1, dtype=np.bool))
+    bits = machine.shadow.bits
+    large = machine.shadow.sptes[machine.shadow._is_large(machine.shadow.sptes)]
+    assert sorted(large & (bits.w | bits.mmu_w)) == [0, bits.w | bits.mmu_w]
+
+
+@pytest.mark.parametrize("switch", [False, True])
+def test_a_root_taken_up_again_counts_its_stores_anew(switch: bool) -> None:
+    """The third store to the top table of another process drops its shadow page, unless that process ran between."""
+    machine = large_pages()
+    other = 0x14000
+    machine.memory.store(other, 0x11067, 8)
+    machine.run(0, stream([CR3, READ, CR3, READ], [other, RAM << 12, 0x10000, RAM << 12]))
+    store = stream([WRITE], [other + 0xFF0])
+    for step in range(3):
+        assert [PATHS[path] for path in machine.run(0, store).faults["path"]][-1] == "emulate"
+        if switch and step == 1:
+            machine.run(0, stream([CR3, CR3], [other, 0x10000]))
+    assert [page.valid for page in machine.shadow.pages if page.gfn == other >> 12] == [switch]
 
 
 def test_no_large_spte_maps_a_guest_table() -> None:
