@@ -7,6 +7,7 @@ import math
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -514,7 +515,9 @@ def test_ctrl_c_on_the_command_line():
     search = "explore --model looping --vcpus 24 --canonical --json"  # minutes, in steps that fit into memory
     command = [sys.executable, "-m", "mmu", *search.split()]
     root = Path(__file__).parents[1]
-    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as search:
+    hears = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # in the background of a shell tests would be deaf
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=root, preexec_fn=hears, **pipes) as search:
         assert "states" in search.stderr.read(30)  # the progress line, which comes after a second
         search.send_signal(signal.SIGINT)
         out, _ = search.communicate(timeout=60)
