@@ -235,6 +235,10 @@ class Guest:
         parts: list[NDArray[np.void]] = [result.faults]
         start = 0
         while start < count:
+            if accesses.op[start] >= INVLPG and not accesses.user[start]:  # touches no memory
+                self._order(cpu, int(accesses.op[start]), int(accesses.gva[start]))
+                start += 1
+                continue
             stop, walks = self._segment(cpu, accesses, start, count)
             part, walks = accesses.take(slice(start, stop)), walks.take(slice(stop - start))
             room = self._ring_room(cpu, part, walks)
