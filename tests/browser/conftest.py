@@ -126,10 +126,7 @@ PLAY = """async (root, [moves, read]) => {
       target.focus();
       target.click();
     } else {
-      const shifted = move.startsWith("Shift+"), name = move.replace("Shift+", "");
-      const digit = name.startsWith("Digit");
-      const key = digit ? name.at(-1) : name;
-      const event = { key, code: digit ? name : "", shiftKey: shifted, bubbles: true, cancelable: true };
+      const event = { key: move, bubbles: true, cancelable: true };
       document.activeElement.dispatchEvent(new KeyboardEvent("keydown", event));
     }
     await null; // what waits for the end of the event happens
